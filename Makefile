@@ -1,0 +1,59 @@
+# Every target sets up what it needs in .venv; nothing is installed again until pyproject.toml changes.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= build/demo
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow parity lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## Set up .venv with sa-engine
+	@echo "Installed. Run $(BIN)/sa-engine --help, or: . $(BIN)/activate"
+
+demo: $(VENV)/.installed-demo ## Run sa-engine auto on four photos, with real weights
+	$(BIN)/sa-engine weights pull vit_t
+	@mkdir -p $(DEMO)/photos
+	@data=$$($(BIN)/python -c 'import os, skimage; print(os.path.dirname(skimage.__file__))')/data && \
+	  cp -p $$data/astronaut.png $$data/coffee.png $$data/chelsea.png $$data/rocket.jpg $(DEMO)/photos
+	$(BIN)/sa-engine auto --images $(DEMO)/photos --out $(DEMO)/shards --config configs/preview.yaml
+	$(BIN)/sa-engine show $(DEMO)/shards --out $(DEMO)/pictures
+	@echo
+	@echo "Shards (SA-1B tars, Parquet):  $(DEMO)/shards"
+	@echo "Pictures with their masks:     $(DEMO)/pictures/contact_sheet.jpg"
+
+test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some of them)
+	$(BIN)/python -m pytest -m "not slow and not parity_full" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m "slow" $(ARGS)
+
+parity: $(VENV)/.installed-dev ## Compare with the reference implementations at full size
+	$(BIN)/python -m pytest -m "parity_full" --timeout 0 $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what was built, except .venv
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[$*]'
+	@touch $@

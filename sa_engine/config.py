@@ -1,0 +1,166 @@
+"""The options of every stage, as frozen dataclasses whose defaults are the paper's values."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from sa_engine.options import (
+    Config,
+    ConfigError,
+    fingerprint,
+    identity_values,
+    load_config,
+    option,
+    to_dict,
+    to_yaml,
+)
+
+__all__ = [
+    "FORMATS",
+    "AutoConfig",
+    "Config",
+    "ConfigError",
+    "MaskConfig",
+    "RunConfig",
+    "fingerprint",
+    "identity_values",
+    "load_config",
+    "to_dict",
+    "to_yaml",
+]
+
+FORMATS = ("tar", "parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(Config):
+    """Automatic mask generation (paper §4 and appendix B); lengths and areas in released pixels."""
+
+    points_per_side: int = option(
+        32, bounds=(1, None), identity=True, help="Points per side of the full image's grid."
+    )
+    crop_n_layers: int = option(
+        2, bounds=(0, 6), identity=True, help="Layers of zoomed-in crops; layer i has 4**i crops."
+    )
+    crop_n_points_downscale_factor: int = option(
+        2, bounds=(1, None), identity=True, help="Layer i's grid has points_per_side / factor**i."
+    )
+    crop_overlap_ratio: float = option(
+        512 / 1500, bounds=(0, 1), identity=True, help="Overlap of crops, of the short side."
+    )
+    pred_iou_thresh: float = option(
+        0.88, bounds=(0, 1), identity=True, help="Least predicted IoU of a mask that is kept."
+    )
+    stability_score_thresh: float = option(
+        0.95, bounds=(0, 1), identity=True, help="Least stability score of a mask that is kept."
+    )
+    stability_score_offset: float = option(
+        1.0, bounds=(0, None), identity=True, help="Logit offset of the stability score, both ways."
+    )
+    max_mask_coverage: float | None = option(
+        0.95, bounds=(0, 1), identity=True, help="Drop masks covering this share of the image."
+    )
+    box_nms_thresh: float = option(
+        0.7, bounds=(0, 1), identity=True, help="Box IoU of non-maximum suppression in one crop."
+    )
+    crop_nms_thresh: float = option(
+        0.7, bounds=(0, 1), identity=True, help="Box IoU of suppression across crops."
+    )
+    crop_edge_tolerance: float = option(
+        20.0, bounds=(0, None), identity=True, help="Pixels to an inner crop edge that drop a mask."
+    )
+    min_mask_region_area: int = option(
+        100, bounds=(0, None), identity=True, help="Least pixels of a component or hole; 0: as is."
+    )
+    short_side: int | None = option(
+        1500, bounds=(1, None), identity=True, help="Short side of released images; never enlarged."
+    )
+    rules: Literal["paper", "reference"] = option(
+        "paper", identity=True, help="Ties, comparisons and clean-up as in the paper or its code."
+    )
+    points_per_batch: int | None = option(
+        None, bounds=(1, None), identity=True, help="Prompts decoded at once; default by device."
+    )
+
+    def __post_init__(self) -> None:
+        """Also refuse a crop layer whose grid would have no point."""
+        super().__post_init__()
+        divisor = self.crop_n_points_downscale_factor**self.crop_n_layers
+        if self.points_per_side < divisor:
+            raise ConfigError(
+                f"points_per_side = {self.points_per_side} leaves crop layer {self.crop_n_layers} "
+                f"without points: expected at least {divisor} "
+                "(crop_n_points_downscale_factor ** crop_n_layers), or fewer layers"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """What any stage needs to run over a folder of images."""
+
+    images: str = option(help="Folder of images, searched with its subfolders.")
+    out: str = option(help="Folder for the shards; a run owns its folder.")
+    shard_size: int | None = option(
+        None, bounds=(1, None), identity=True, help="Images per shard; default 1/32, at most 128."
+    )
+    formats: tuple[str, ...] = option(
+        FORMATS, identity=True, help="Parts of a shard to write: tar, parquet."
+    )
+    write_images: bool = option(
+        True, identity=True, help="Write the released JPEGs into the tars; false: masks only."
+    )
+    jpeg_quality: int = option(
+        95, bounds=(1, 100), identity=True, help="Quality of the released JPEGs."
+    )
+    local: bool = option(False, help="Run in this process instead of on Ray.")
+    ray_address: str | None = option(
+        None, help="Ray cluster to join (auto, host:port); default: start one on this machine."
+    )
+    num_workers: int | None = option(
+        None, bounds=(1, None), help="Worker processes; default: one per GPU or per four cores."
+    )
+    threads_per_worker: int | None = option(
+        None,
+        bounds=(1, None),
+        identity=True,
+        help="CPU threads of a worker; default cores/workers.",
+    )
+    gpus_per_worker: float | None = option(
+        None, bounds=(0, None), help="GPUs of a worker; default: 1 where there is one, else 0."
+    )
+    max_failed: float = option(
+        0.05, bounds=(0, 1), help="Share of images that may fail before the exit code is 3."
+    )
+    limit: int | None = option(
+        None, bounds=(1, None), help="Stop after the shards that hold this many images."
+    )
+    verbose: bool = option(False, help="Show the workers' logs.")
+
+    def __post_init__(self) -> None:
+        """Also check the formats, and put them in their own order: it must not change the bytes."""
+        super().__post_init__()
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise ConfigError(
+                f"formats = {', '.join(self.formats) or 'nothing'}: "
+                f"expected at least one of {', '.join(FORMATS)}"
+            )
+        ordered = tuple(name for name in FORMATS if name in self.formats)
+        object.__setattr__(self, "formats", ordered)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoConfig(MaskConfig, RunConfig):
+    """The fully automatic stage: photos in, masks out."""
+
+    checkpoint: str = option("vit_t", help="Model name or checkpoint file.")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:N or mps.")
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32", identity=True, help="Arithmetic of the model; bf16 is faster on GPUs, not exact."
+    )
+
+    def __post_init__(self) -> None:
+        """Also check the device's spelling; whether it is there is known only when it is used."""
+        super().__post_init__()
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device = {self.device!r}: expected auto, cpu, cuda, cuda:N or mps")

@@ -1,0 +1,171 @@
+"""Decode, resize and encode pictures: bytes in, RGB arrays out.
+
+Pillow does the work, as in the reference, whose antialiased bilinear resize decides what the image
+encoder sees. EXIF orientation is applied in `decode_image` and nowhere else; colour profiles are
+ignored, as by the reference's reader.
+"""
+
+import io
+import math
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from sa_engine.errors import SaEngineError
+
+_SUFFIXES = "jpg jpeg jpe jfif mpo png webp avif bmp gif tif tiff jp2 ppm pgm"
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+PIXEL_LIMIT = 400_000_000
+
+# Named one by one: other readers of Pillow start programs (EPS) or only look like images (PDF).
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow warns above its own limit and refuses twice as much; a 200-megapixel photo is neither.
+Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
+
+
+class BadImage(SaEngineError):
+    """A file that is not one picture that can be decoded; `reason` says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decode an image file to upright RGB pixels.
+
+    Alpha is composited over white, 16-bit samples are scaled to 8 bits, of a phone's multi-picture
+    JPEG the first picture is taken.
+
+    Args:
+        data: the bytes of the file.
+
+    Returns:
+        (H, W, 3) uint8 RGB, C-contiguous and writable, EXIF orientation applied.
+
+    Raises:
+        BadImage: empty, truncated, not an image, animated, or beyond `PIXEL_LIMIT`.
+    """
+    if not data:
+        raise BadImage("the file is empty")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_one_picture(image)
+            image.load()
+            rgb = _to_rgb(image)
+            method = _UPRIGHT.get(_orientation(image))
+            return np.array(rgb if method is None else rgb.transpose(method))
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadImage(f"more than {PIXEL_LIMIT:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage("not an image in a format that can be read") from None
+    except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
+        raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def fit_short_side(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """Size (height, width) whose shorter side is `short_side` pixels, never enlarged.
+
+    The other side is rounded half up; None keeps the size.
+    """
+    if short_side is None or short_side >= min(height, width):
+        return height, width
+    scale = short_side / min(height, width)
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (H, W, 3) uint8 to (height, width, 3), bilinear with antialiasing.
+
+    Returns the array itself when it has that size already.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(resized)
+
+
+def resize_region(
+    image: np.ndarray, box: tuple[float, float, float, float], height: int, width: int
+) -> np.ndarray:
+    """Resize a part of an image, bilinear with antialiasing, as if it had been cut out first.
+
+    Pixels outside the region's enclosing integer box take no part, as in the reference, which
+    crops before it resizes.
+
+    Args:
+        image: (H, W, 3) uint8.
+        box: XYXY in pixels of `image`, fractions allowed; clipped to the image.
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    image_height, image_width = image.shape[:2]
+    x0, x1 = max(box[0], 0.0), min(box[2], float(image_width))
+    y0, y1 = max(box[1], 0.0), min(box[3], float(image_height))
+    left, top = math.floor(x0), math.floor(y0)
+    region = Image.fromarray(image[top : math.ceil(y1), left : math.ceil(x1)])
+    inner = (x0 - left, y0 - top, x1 - left, y1 - top)
+    return np.array(region.resize((width, height), Image.Resampling.BILINEAR, box=inner))
+
+
+def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """Encode (H, W, 3) uint8 RGB as a baseline JPEG without metadata; equal pixels, equal bytes.
+
+    Chroma is halved in both directions (4:2:0), as in SA-1B's own files.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def _check_one_picture(image: Image.Image) -> None:
+    """Raise BadImage for too many pixels or more than one frame."""
+    if image.width * image.height > PIXEL_LIMIT:
+        raise BadImage(f"{image.width} x {image.height} is more than {PIXEL_LIMIT:,} pixels")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise BadImage(f"animated or multi-page: {frames} frames, expected one picture")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation of a loaded image, 1 to 8; unreadable EXIF counts as none, as in viewers."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as wide as in decode_image; the pixels are fine
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode of Pillow to RGB without clipping."""
+    if image.mode.startswith("I"):
+        return _scale_16_bit(image).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("floating-point samples without a known range: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_16_bit(image: Image.Image) -> Image.Image:
+    """Map grey samples 0..65535 to 0..255, rounded; BadImage when they exceed 16 bits."""
+    samples = np.asarray(image).astype(np.int32)
+    if samples.min() < 0 or samples.max() > 65535:
+        raise BadImage("integer samples beyond 16 bits: save it with 8 or 16 bits")
+    return Image.fromarray(((samples + 128) // 257).astype(np.uint8))

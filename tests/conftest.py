@@ -1,0 +1,72 @@
+"""Shared fixtures: real photos, at the sizes that keep the suite fast."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before anything imports ray
+# Child processes and Ray's workers import the checkout and the tests' own stage.
+os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(__file__).parents[up]) for up in (1, 0))
+
+import numpy as np
+import pytest
+import skimage
+from PIL import Image
+
+PHOTO_NAMES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
+
+
+@pytest.fixture(scope="session")
+def photo_files() -> list[Path]:
+    """Colour photos that the scikit-image wheel carries, 300 to 640 pixels wide."""
+    return [Path(skimage.__file__).parent / "data" / name for name in PHOTO_NAMES]
+
+
+@pytest.fixture(scope="session")
+def photos(photo_files: list[Path]) -> list[np.ndarray]:
+    """The same photos as (H, W, 3) uint8 RGB."""
+    return [np.array(Image.open(path).convert("RGB")) for path in photo_files]
+
+
+@pytest.fixture(scope="session")
+def small_photo(photos: list[np.ndarray]) -> np.ndarray:
+    """The cat's face: (96, 128, 3) uint8 RGB, no side equal to another, nothing symmetric."""
+    return np.ascontiguousarray(photos[2][60:156, 120:248])
+
+
+@pytest.fixture
+def photo_folder(tmp_path: Path, photos: list[np.ndarray]) -> Path:
+    """A folder of four quarter-size photos, one of them in a subfolder."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name, photo in zip(PHOTO_NAMES, photos, strict=True):
+        where = folder / "more" if name == "rocket.jpg" else folder
+        small = Image.fromarray(photo).reduce(4)
+        small.save(where / f"{Path(name).stem}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the checkout, `../shared/data`; its tests are skipped where it is absent."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("../shared/data is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """One Ray with two CPUs for all tests; the runner uses it in this process, others join it."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
