@@ -1,0 +1,162 @@
+"""Pure functions on masks (paper appendix B): thresholds, stability, boxes, edge test, NMS, clean-up.
+
+Boxes of masks are XYXY with inclusive corners: the first and last column and row that the mask touches.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+
+@dataclass(frozen=True)
+class WindowMask:
+    """A mask kept only inside its box, a bit per pixel: thousands of candidates fit in memory.
+
+    ``bits`` is (h, ceil(w / 8)) uint8 as of ``numpy.packbits``; ``top`` and ``left`` place it in its frame.
+    """
+
+    bits: np.ndarray
+    width: int
+    top: int
+    left: int
+
+    @classmethod
+    def of(cls, window: np.ndarray, top: int, left: int) -> "WindowMask":
+        """Pack a (h, w) bool window whose first pixel is at (top, left) of the frame."""
+        return cls(np.packbits(window, axis=1), window.shape[1], top, left)
+
+    @property
+    def window(self) -> np.ndarray:
+        """The (h, w) bool pixels inside the box."""
+        return np.unpackbits(self.bits, axis=1, count=self.width).view(bool)
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """XYXY in the frame, inclusive corners."""
+        return (self.left, self.top, self.left + self.width - 1, self.top + len(self.bits) - 1)
+
+    def shifted(self, dx: int, dy: int) -> "WindowMask":
+        """The same mask in a frame whose origin lies (dx, dy) further left and up."""
+        return WindowMask(self.bits, self.width, self.top + dy, self.left + dx)
+
+
+class Thresholded(NamedTuple):
+    """What full-size logits of N masks tell: everything the filters need, computed where the logits are."""
+
+    masks: Tensor  # (N, H, W) bool: logits above 0
+    areas: Tensor  # (N,) int64, pixels
+    stability: Tensor  # (N,) float32, NaN where even the loosest mask is empty
+    boxes: Tensor  # (N, 4) int64 XYXY inclusive, meaningless where the area is 0
+
+
+def threshold(logits: Tensor, offset: float) -> Thresholded:
+    """Binarise (N, H, W) logits at 0 and score their stability.
+
+    The stability score (§B) is the IoU of the masks at logits ``+offset`` and ``-offset``: one lies inside the other.
+    """
+    masks = logits > 0
+    tight = (logits > offset).sum(dim=(1, 2))
+    loose = (logits > -offset).sum(dim=(1, 2))
+    return Thresholded(masks, masks.sum(dim=(1, 2)), tight / loose, mask_boxes(masks))
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """Boxes (N, 4) int64 XYXY inclusive of (N, H, W) bool masks."""
+    columns, rows = masks.any(dim=1).byte(), masks.any(dim=2).byte()
+    x0, y0 = columns.argmax(dim=1), rows.argmax(dim=1)
+    x1 = columns.shape[1] - 1 - columns.flip(1).argmax(dim=1)
+    y1 = rows.shape[1] - 1 - rows.flip(1).argmax(dim=1)
+    return torch.stack([x0, y0, x1, y1], dim=1)
+
+
+def touches_crop_edge(
+    boxes: Tensor, crop: tuple[int, int, int, int], height: int, width: int, tolerance: float
+) -> Tensor:
+    """Which boxes end at a crop's inner edge, so that the object goes on outside the crop.
+
+    Args:
+        boxes: (N, 4) XYXY in the frame of the image.
+        crop: XYXY of the crop in the same frame.
+        height, width: size of the image; its own edges do not count.
+        tolerance: pixels from an edge that still touch it (20 in the reference).
+
+    Returns:
+        (N,) bool.
+    """
+    to_crop = (boxes - torch.tensor(crop, device=boxes.device)).abs() <= tolerance
+    to_image = (boxes - torch.tensor((0, 0, width, height), device=boxes.device)).abs() <= tolerance
+    return (to_crop & ~to_image).any(dim=1)
+
+
+def greedy_nms(boxes: np.ndarray, order: np.ndarray, threshold: float) -> np.ndarray:
+    """Greedy box NMS in an explicit order, so that ties fall the same way on every machine.
+
+    Args:
+        boxes: (N, 4) XYXY.
+        order: (N,) indices from most to least preferred.
+        threshold: a box is dropped when its IoU with a kept one is above this.
+
+    Returns:
+        Indices of the kept boxes in the given order.
+    """
+    ranks = torch.arange(len(order), 0, -1, dtype=torch.float32)
+    ordered = torch.as_tensor(boxes[order], dtype=torch.float32).reshape(-1, 4)
+    return order[nms(ordered, ranks, threshold).numpy()]
+
+
+def clean_up(
+    mask: WindowMask, height: int, width: int, min_area: int, rules: str
+) -> WindowMask | None:
+    """Remove small components and fill small holes (§B), both 8-connected, inside a (height, width) frame.
+
+    ``rules`` "paper": components under ``min_area`` pixels go, the whole mask (None) if that is all of it; then holes.
+    "reference", as the released code: holes first, and the largest component always stays.
+    """
+    y0, x0, y1, x1 = _margins(mask, height, width, min_area)
+    window = np.pad(mask.window, ((mask.top - y0, y1 - mask.top - len(mask.bits)),
+                                  (mask.left - x0, x1 - mask.left - mask.width)))  # fmt: skip
+    steps: tuple[Literal["islands", "holes"], ...] = ("islands", "holes")
+    cleaned = window
+    for step in steps if rules == "paper" else reversed(steps):
+        cleaned = _without_small(cleaned, min_area, step, keep_largest=rules == "reference")
+    if cleaned is window:
+        return mask
+    rows, columns = np.flatnonzero(cleaned.any(axis=1)), np.flatnonzero(cleaned.any(axis=0))
+    if not rows.size:
+        return None
+    inside = cleaned[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return WindowMask.of(inside, y0 + int(rows[0]), x0 + int(columns[0]))
+
+
+def _margins(mask: WindowMask, height: int, width: int, min_area: int) -> tuple[int, int, int, int]:
+    """The box grown so that background outside the mask, cut off by the window, never looks like a small hole."""
+    margin = -(-min_area // min(len(mask.bits), mask.width))
+    x0, y0, x1, y1 = mask.box
+    return (
+        max(0, y0 - margin),
+        max(0, x0 - margin),
+        min(height, y1 + 1 + margin),
+        min(width, x1 + 1 + margin),
+    )
+
+
+def _without_small(
+    window: np.ndarray, min_area: int, kind: Literal["islands", "holes"], keep_largest: bool
+) -> np.ndarray:
+    """Drop islands or fill holes under ``min_area`` pixels; the same array when there are none."""
+    holes = kind == "holes"
+    region = (~window if holes else window).astype(np.uint8)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(region, connectivity=8)
+    areas = stats[:, cv2.CC_STAT_AREA]
+    small = areas < min_area
+    small[0] = False  # label 0 is what lies around the components
+    if not small.any():
+        return window
+    if keep_largest and not holes and small[1:].all():
+        small[1 + int(areas[1:].argmax())] = False
+    return window | small[labels] if holes else window & ~small[labels]
