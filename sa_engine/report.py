@@ -1,0 +1,132 @@
+"""What a run would do, and what it has done."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sa_engine.errors import TooManyFailures
+from sa_engine.shards import ShardStats
+from sa_engine.storage import RunError, RunPaths
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSummary:
+    """What a run would do.
+
+    Attributes:
+        images: absolute path of the images folder.
+        out: absolute path of the run's folder.
+        planned: images in the plan.
+        chosen: of these, images within `limit`.
+        shards: in the plan.
+        committed: of these, shards that are done.
+        shard_size: images per shard.
+        ignored: entries of the images folder that are not images, by suffix or reason.
+    """
+
+    images: Path
+    out: Path
+    planned: int
+    chosen: int
+    shards: int
+    committed: int
+    shard_size: int
+    ignored: dict[str, int]
+
+    def __str__(self) -> str:
+        """Give one line for each thing a person wants to check before the start."""
+        limit = f", of which --limit takes {self.chosen}" if self.chosen < self.planned else ""
+        ignored = ", ".join(f"{count} {reason}" for reason, count in self.ignored.items())
+        return "\n".join(
+            [
+                f"{self.planned} images in {self.images}{limit}",
+                f"left out: {ignored or 'nothing'}",
+                f"{self.shards} shards of up to {self.shard_size} images, {self.committed} done",
+                f"output: {self.out}",
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How a run ended; ok + skipped + failed = planned.
+
+    Attributes:
+        out: absolute path of the run's folder.
+        planned, ok, skipped, failed: numbers of images within `limit`, of all sessions of the run.
+        masks: of the ok images.
+        remaining: images of the plan beyond `limit`.
+        processed: images that this session worked on.
+        seconds: wall time of this session.
+    """
+
+    out: Path
+    planned: int
+    ok: int
+    skipped: int
+    failed: int
+    masks: int
+    remaining: int
+    processed: int
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput of this session; 0 if there was nothing to do."""
+        return self.processed / self.seconds if self.processed else 0.0
+
+    def __str__(self) -> str:
+        """Give the numbers, the speed and the place of the output, a line each."""
+        per_image = f", {self.masks / self.ok:.1f} per image" if self.ok else ""
+        counts = f"{self.ok} ok, {self.skipped} skipped, {self.failed} failed"
+        beyond = f" ({self.remaining} more are beyond --limit)" if self.remaining else ""
+        speed = f"{self.processed} images in {self.seconds:.1f} s, {self.images_per_second:.2f}/s"
+        return "\n".join(
+            [
+                f"{self.planned} images: {counts}{beyond}",
+                f"{self.masks} masks{per_image}",
+                speed if self.processed else "nothing was left to do",
+                f"output: {self.out}",
+                *([f"reasons of failures: {RunPaths(self.out).errors('*')}"] * bool(self.failed)),
+            ]
+        )
+
+
+def make_report(
+    paths: RunPaths,
+    stats: Iterable[ShardStats],
+    *,
+    planned: int,
+    remaining: int,
+    processed: int,
+    seconds: float,
+) -> Report:
+    """Add up the markers of a finished run; the other numbers are the report's own.
+
+    Raises RunError if they do not add up to `planned`.
+    """
+    stats = list(stats)
+    report = Report(
+        out=paths.out,
+        planned=planned,
+        ok=sum(shard.ok for shard in stats),
+        skipped=sum(shard.skipped for shard in stats),
+        failed=sum(shard.failed for shard in stats),
+        masks=sum(shard.masks for shard in stats),
+        remaining=remaining,
+        processed=processed,
+        seconds=seconds,
+    )
+    if report.ok + report.skipped + report.failed != planned:
+        raise RunError(f"the markers in {paths.out} count other images than the plan: {report}")
+    return report
+
+
+def check_failures(report: Report, max_failed: float) -> None:
+    """Raise TooManyFailures if more than this share of the images failed."""
+    if report.failed > max_failed * report.planned:
+        raise TooManyFailures(
+            f"{report.failed} of {report.planned} images failed, more than max_failed = "
+            f"{max_failed:g} allows; {report.ok} images with {report.masks} masks are finished in "
+            f"{report.out}, and the reasons are in {RunPaths(report.out).errors('*')}"
+        )

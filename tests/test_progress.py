@@ -1,0 +1,68 @@
+import fcntl
+import io
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from sa_engine import progress
+from sa_engine.partial import PartialShard
+from sa_engine.plan import PlannedImage, Shard
+from sa_engine.storage import RunPaths
+
+
+def read_all(descriptor: int) -> str:
+    """All that is written to a terminal until its last user is gone."""
+    text = b""
+    try:
+        while block := os.read(descriptor, 4096):
+            text += block
+    except OSError:
+        pass
+    return text.decode()
+
+
+def test_a_terminal_shows_a_bar_over_all_images(photo_folder: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    script = Path(__file__).with_name("small_stage.py")
+    command = [sys.executable, str(script), str(photo_folder), str(tmp_path / "out"), "local=true"]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    shown = read_all(ours)
+    os.close(ours)
+    assert driver.wait() == 0, shown
+    assert "0/4" in shown
+    assert "| 4/4 [" in shown.splitlines()[-1].split("\r")[-1]
+
+
+class Pipe(io.StringIO):
+    """A stderr that is no terminal."""
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.getvalue():
+            time.sleep(0.001)
+
+
+def test_elsewhere_lines_count_what_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_S", 0.01)
+    monkeypatch.setattr(sys, "stderr", pipe := Pipe())
+    paths = RunPaths(tmp_path)
+    shards = [Shard(index, (PlannedImage(index, "x", 1, 1),) * 5) for index in (1, 2)]
+    PartialShard(paths, "sa_000001").save(1, "{}", b"jpeg")
+    PartialShard(paths, "sa_000009").save(1, "{}", b"beyond the limit")
+    with progress.Progress(paths, shards, committed=3) as shown:
+        pipe.wait_for("4 of 13 images, 0.00 images/s\n")
+        shown.commit("sa_000002", 5)
+        pipe.wait_for("9 of 13 images, ")
+        pipe.wait_for(" min left\n")
+    assert shown.reused == 1
+    assert "\r" not in pipe.getvalue()
