@@ -1,0 +1,178 @@
+"""The command line: each command reads its options, calls one function, and prints its report."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+
+from sa_engine import __version__
+from sa_engine.config import FORMATS, AutoConfig, Config, load_config, to_yaml
+from sa_engine.errors import SaEngineError
+from sa_engine.modeling.zoo import MODELS
+from sa_engine.options import help_text
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Tells a user's mistake in one sentence; anything else is a crash, with its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SaEngineError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(_INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sa-engine")
+def main() -> None:
+    """Photos in, SA-1B-style segmentation data out."""
+
+
+def _flag(cls: type[Config], name: str, *declarations: str, **settings: Any) -> Decorator:
+    """A flag for an option of a config; None when it was not given."""
+    kind = get_type_hints(cls)[name]
+    types = {int: int, int | None: int, float: float, float | None: float}
+    defaults: dict[str, Any] = {"type": types.get(kind), "help": help_text(cls, name)}
+    if kind is bool:
+        defaults |= {"is_flag": True, "callback": _or_none}
+    return click.option(
+        *(declarations or [f"--{name.replace('_', '-')}"]), name, **{**defaults, **settings}
+    )
+
+
+def _or_none(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
+    """What click gives for a flag or a list that was not given becomes None."""
+    return given or None
+
+
+def _run_flags(cls: type[Config]) -> Decorator:
+    """The flags of every stage that runs over images."""
+    flags = [
+        _flag(cls, "images", metavar="DIR"),
+        _flag(cls, "out", metavar="DIR"),
+        click.option(
+            "--config", "file", type=Path, metavar="FILE", help="YAML file, see configs/."
+        ),
+        click.option(
+            "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any option; repeatable."
+        ),
+        _flag(cls, "local"),
+        _flag(cls, "ray_address", metavar="ADDRESS"),
+        _flag(cls, "num_workers"),
+        _flag(cls, "gpus_per_worker"),
+        _flag(cls, "threads_per_worker"),
+        _flag(
+            cls,
+            "formats",
+            "--format",
+            type=click.Choice(FORMATS),
+            multiple=True,
+            callback=_or_none,
+            help="Part of a shard to write; repeatable, default: all.",
+        ),
+        _flag(
+            cls,
+            "write_images",
+            "--no-images",
+            callback=lambda ctx, param, given: False if given else None,
+            help="Masks only, no pictures in the tars.",
+        ),
+        _flag(cls, "max_failed"),
+        _flag(cls, "limit"),
+        click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing."),
+        _flag(cls, "verbose", "-v", "--verbose"),
+    ]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return decorate
+
+
+@main.command()
+@_run_flags(AutoConfig)
+@_flag(AutoConfig, "checkpoint", metavar="NAME|FILE")
+@_flag(AutoConfig, "device", metavar="DEVICE")
+@_flag(AutoConfig, "precision", type=click.Choice(["fp32", "bf16"]))
+def auto(file: Path | None, sets: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
+    """Segment everything in a folder of photos.
+
+    This is the paper's fully automatic stage. Run it again with the same options to resume it.
+    """
+    config = load_config(AutoConfig, file, sets, flags)
+    from stages import auto as stage
+
+    if dry_run:
+        click.echo(f"{stage.describe(config)}\n\n{to_yaml(config)}", nl=False)
+    else:
+        click.echo(stage.run(config))
+
+
+@main.command()
+@click.argument("run", metavar="OUT", type=Path)
+@click.option("--out", "dest", type=Path, required=True, metavar="DIR", help="For the pictures.")
+@click.option("--id", "ids", type=int, multiple=True, help="Image to draw; repeatable.")
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    default=12,
+    show_default=True,
+    help="Images to draw, spread over the run.",
+)
+def show(run: Path, dest: Path, ids: tuple[int, ...], count: int) -> None:
+    """Draw images of a run beside their masks.
+
+    OUT is the run's folder. A contact sheet shows all that were drawn.
+    """
+    from sa_engine import pictures
+
+    *drawn, sheet = pictures.show(run, dest, ids, count)
+    click.echo(f"{len(drawn)} pictures in {dest}, all of them on {sheet}")
+
+
+@main.group()
+def weights() -> None:
+    """List and fetch model weights."""
+
+
+@weights.command("list")
+def list_weights() -> None:
+    """List models and where they are."""
+    from sa_engine.modeling import weights as store
+
+    for model in store.list_models():
+        where = model.path or f"{model.size_bytes / 1e6:,.0f} MB to download"
+        click.echo(f"{model.name:6} {model.encoder:8} {model.licence:11} {where}")
+
+
+@weights.command()
+@click.argument("name", type=click.Choice(list(MODELS)))
+def pull(name: str) -> None:
+    """Fetch and verify a model's weights."""
+    from sa_engine.modeling import weights as store
+
+    click.echo(store.pull(name, progress=sys.stderr.isatty()))
+
+
+@weights.command()
+@click.argument("name", type=click.Choice(list(MODELS)))
+def path(name: str) -> None:
+    """Print where a model's weights are."""
+    from sa_engine.modeling import weights as store
+
+    found = store.find(name)
+    if found is None:
+        raise store.WeightsError(
+            f"{name} is not in {store.cache_dir()}: fetch it with `sa-engine weights pull {name}`"
+        )
+    click.echo(found)

@@ -1,0 +1,1 @@
+"""One module per stage of the data engine (paper §4)."""

@@ -1,0 +1,158 @@
+"""Fully automatic stage (paper §4, appendix B): every photo becomes a released image with masks for everything in it.
+
+A 32x32 grid of points on the image, 16x16 on its 2x2 crops and 8x8 on its 4x4 crops prompt the ambiguity-aware model;
+confident, stable, non-duplicate masks stay. ``sa_engine/generator.py`` does that; this stage wires it to the runner.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from sa_engine import runner
+from sa_engine.config import AutoConfig
+from sa_engine.errors import SaEngineError
+from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
+from sa_engine.plan import PlannedImage
+from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
+
+if TYPE_CHECKING:  # a finished run returns without importing torch
+    from sa_engine.generator import GeneratedMask
+    from sa_engine.modeling.sam import Sam
+
+
+class ModelMismatch(SaEngineError):
+    """A worker found other weights under the checkpoint's name than the driver."""
+
+
+class Decoded(NamedTuple):
+    """A photo ready for the model."""
+
+    image: np.ndarray  # (H, W, 3) uint8 RGB, original size
+    released: np.ndarray  # the same at the released size
+    sha256: str  # of the file
+
+
+class Segmented(NamedTuple):
+    """A photo with its masks."""
+
+    released: np.ndarray
+    sha256: str
+    masks: "list[GeneratedMask]"
+
+
+@dataclass
+class AutoStage:
+    """The stage as the runner knows it; it travels to the workers with the driver's model fingerprint."""
+
+    checkpoint: str
+    name: str = "auto"
+    fingerprint: str | None = None
+    sam: "Sam | None" = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the model behind: a worker loads its own and compares fingerprints."""
+        return {**vars(self), "sam": None}
+
+    def identity(self) -> dict[str, str]:
+        """Load the model and say which weights it has."""
+        from sa_engine.modeling.sam import load_sam, model_fingerprint
+        from sa_engine.modeling.weights import resolve
+
+        self.sam = load_sam(resolve(self.checkpoint))
+        self.fingerprint = model_fingerprint(self.sam)
+        return {"model_fingerprint": self.fingerprint}
+
+    def make_worker(self, config: AutoConfig) -> "AutoWorker":
+        """Load the model in this process and check that it is the driver's."""
+        expected, sam = self.fingerprint, self.sam
+        if sam is None:
+            found = self.identity()["model_fingerprint"]
+            sam = self.sam
+            if expected not in (None, found):
+                raise ModelMismatch(
+                    f"checkpoint {self.checkpoint} has other weights on this worker (fingerprint "
+                    f"{found[:12]}) than on the driver ({str(expected)[:12]}): give both the same file"
+                )
+        assert sam is not None and self.fingerprint is not None
+        return AutoWorker(sam, self.fingerprint, config)
+
+
+class AutoWorker:
+    """Masks of one photo at a time, in the runner's three overlapping steps."""
+
+    def __init__(self, sam: "Sam", fingerprint: str, config: AutoConfig) -> None:
+        from sa_engine.generator import MaskGenerator
+        from sa_engine.modeling.sam import select_device
+        from sa_engine.predictor import Predictor
+
+        predictor = Predictor(sam.to(select_device(config.device)), config.precision)
+        self.generator = MaskGenerator(predictor, config)
+        self.fingerprint = fingerprint
+        self.config = config
+
+    def prepare(self, item: PlannedImage, data: bytes) -> Decoded:
+        """Decode a photo and scale it to the released size."""
+        image = decode_image(data)
+        height, width = fit_short_side(image.shape[0], image.shape[1], self.config.short_side)
+        return Decoded(image, resize_image(image, height, width), hashlib.sha256(data).hexdigest())
+
+    def process(self, item: PlannedImage, prepared: Decoded) -> Segmented:
+        """Generate the masks."""
+        masks = self.generator.generate(prepared.image, prepared.released)
+        return Segmented(prepared.released, prepared.sha256, masks)
+
+    def finish(self, item: PlannedImage, result: Segmented) -> tuple[ImageRecord, bytes | None]:
+        """Make the record and the released JPEG."""
+        height, width = result.released.shape[:2]
+        record = ImageRecord(
+            image_id=item.image_id,
+            width=width,
+            height=height,
+            file_name=image_name(item.image_id),
+            source_path=item.key,
+            sha256=result.sha256,
+            masks=tuple(
+                self._record(mask_id(item.image_id, i), mask) for i, mask in enumerate(result.masks)
+            ),
+        )
+        if not self.config.write_images:
+            return record, None
+        return record, encode_jpeg(result.released, self.config.jpeg_quality)
+
+    def _record(self, number: int, mask: "GeneratedMask") -> MaskRecord:
+        return MaskRecord(
+            id=number,
+            segmentation=mask.segmentation,
+            area=mask.area,
+            bbox=list(mask.bbox),
+            predicted_iou=mask.predicted_iou,
+            stability_score=mask.stability_score,
+            point_coords=[list(mask.point_coords)],
+            crop_box=list(mask.crop_box),
+            source="automatic",
+            model_fingerprint=self.fingerprint,
+        )
+
+
+def run(config: AutoConfig) -> runner.Report:
+    """Segment every photo of ``config.images`` into shards under ``config.out``.
+
+    Raises:
+        SaEngineError: bad input, another run's folder, too few resources, or too many failures.
+    """
+    stage = AutoStage(_absolute(config.checkpoint))
+    return runner.run(stage, config, stage.identity)
+
+
+def describe(config: AutoConfig) -> runner.PlanSummary:
+    """What :func:`run` would do, without doing or writing anything."""
+    return runner.describe(AutoStage(_absolute(config.checkpoint)), config)
+
+
+def _absolute(checkpoint: str) -> str:
+    """A checkpoint file by its absolute path, since workers run elsewhere; a model name as it is."""
+    path = Path(checkpoint)
+    return str(path.absolute()) if path.is_file() else checkpoint
