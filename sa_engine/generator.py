@@ -4,7 +4,6 @@ Everything is measured in the *released frame*: the image scaled down to ``short
 original size). Only the pixels of zoomed-in crops come from the original, which is the one use of its resolution.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,12 +19,11 @@ from sa_engine.masks import WindowMask
 from sa_engine.modeling.mask_decoder import Attended
 from sa_engine.modeling.sam import input_size
 from sa_engine.predictor import Embedding, Predictor
+from sa_engine.upsampling import Measures, Upsampler
 
 # On a CPU two prompts' image tokens (4 MB each) stay in cache; a GPU wants many at once.
 POINTS_PER_BATCH = {"cpu": 2}
 DEFAULT_POINTS_PER_BATCH = 64
-# Pixels of full-size logits held at once while thresholding.
-PIXELS_AT_ONCE = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,21 @@ class GeneratedMask:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mask that passed the filters so far."""
+    """A confident, stable mask of one crop, kept as low-resolution logits until NMS has chosen."""
 
-    mask: WindowMask  # in the released frame
-    area: int
+    box: tuple[int, int, int, int]  # XYXY inclusive, in pixels of the crop
+    logits: Tensor  # those that the pixels in the box depend on
     predicted_iou: float
     stability_score: float
-    point: tuple[float, float]
+    point: tuple[float, float]  # x, y in the released frame
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mask that was best in its crop, with its pixels."""
+
+    mask: WindowMask  # in the released frame
+    candidate: Candidate
     crop: Crop
 
 
@@ -81,7 +87,7 @@ class MaskGenerator:
             size = fit_short_side(image.shape[0], image.shape[1], self.config.short_side)
             released = resize_image(image, *size)
         height, width = released.shape[:2]
-        found: list[Candidate] = []
+        found: list[Found] = []
         layers, overlap = self.config.crop_n_layers, self.config.crop_overlap_ratio
         image_crops = crops(height, width, layers, overlap)
         for crop in image_crops:
@@ -91,7 +97,7 @@ class MaskGenerator:
             found = self._nms_across_crops(found)
         if self.config.min_mask_region_area > 0:
             found = self._clean_up(found, height, width)
-        return [_generated(candidate, height, width) for candidate in found]
+        return [_generated(one, height, width) for one in found]
 
     def _embed_crop(self, image: np.ndarray, released: np.ndarray, crop: Crop) -> Embedding:
         """Embed a crop of the released frame; zoomed-in crops take their pixels from the original."""
@@ -106,17 +112,19 @@ class MaskGenerator:
 
     def _process_crop(
         self, embedding: Embedding, crop: Crop, height: int, width: int
-    ) -> list[Candidate]:
+    ) -> list[Found]:
         """Prompt one crop with its grid, filter, and remove duplicates by box NMS ranked by predicted IoU."""
         factor = self.config.crop_n_points_downscale_factor
         grid = layer_grid(self.config.points_per_side, crop.layer, factor)
         points = grid * np.array(crop.size[::-1])
-        found = []
+        candidates: list[Candidate] = []
         for start in range(0, len(points), self.points_per_batch):
             batch = points[start : start + self.points_per_batch]
-            found += self._process_batch(embedding, batch, crop, height, width)
-        ranking = np.array([-c.predicted_iou for c in found])
-        return _nms(found, np.argsort(ranking, kind="stable"), self.config.box_nms_thresh)
+            candidates += self._process_batch(embedding, batch, crop, height, width)
+        ranking = np.argsort([-c.predicted_iou for c in candidates], kind="stable")
+        kept = mask_ops.greedy_nms([c.box for c in candidates], ranking, self.config.box_nms_thresh)
+        upsampler = self.predictor.upsampler(embedding)
+        return [_rendered(candidates[i], upsampler, crop) for i in kept]
 
     def _process_batch(
         self, embedding: Embedding, points: np.ndarray, crop: Crop, height: int, width: int
@@ -133,14 +141,20 @@ class MaskGenerator:
                 return []
             kept = Attended(*(part[prompts] for part in attended))
             logits = decoder.predict_masks(kept, slice(1, None)).float()[wanted[prompts]]
-            scores = predicted_iou[wanted].tolist()
-            rows = wanted.nonzero()[:, 0].tolist()
-            found = []
-            for i, mask, area, stability in self._filtered(logits, embedding, crop, height, width):
-                x, y = points[rows[i]]
-                point = (float(x + crop.box[0]), float(y + crop.box[1]))
-                found.append(Candidate(mask, area, scores[i], stability, point, crop))
-        return found
+        upsampler = predictor.upsampler(embedding)
+        seen = upsampler.measure(logits, self.config.stability_score_offset)
+        scores = predicted_iou[wanted].tolist()
+        rows = wanted.nonzero()[:, 0].tolist()
+        x0, y0, _, _ = crop.box
+        candidates = []
+        for i in self._passes(seen, crop, height, width).nonzero()[:, 0].tolist():
+            left, top, right, bottom = seen.boxes[i].tolist()
+            box = (left, top, right, bottom)
+            x, y = points[rows[i]]
+            part = logits[i][upsampler.window(box)].clone()
+            point = (float(x + x0), float(y + y0))
+            candidates.append(Candidate(box, part, scores[i], float(seen.stability[i]), point))
+        return candidates
 
     def _passes_iou(self, predicted_iou: Tensor) -> Tensor:
         threshold = self.config.pred_iou_thresh
@@ -149,76 +163,65 @@ class MaskGenerator:
         strict = self.config.rules == "reference"
         return predicted_iou > threshold if strict else predicted_iou >= threshold
 
-    def _filtered(
-        self, logits: Tensor, embedding: Embedding, crop: Crop, height: int, width: int
-    ) -> Iterator[tuple[int, WindowMask, int, float]]:
-        """Of (N, 256, 256) logits: index, mask, area and stability of those that are stable, partial and uncut."""
+    def _passes(self, seen: Measures, crop: Crop, height: int, width: int) -> Tensor:
+        """Which of N masks are stable, do not cover the image, and are not cut at an inner crop edge: (N,) bool."""
         config, (x0, y0, _, _) = self.config, crop.box
-        at_once = max(1, PIXELS_AT_ONCE // (crop.size[0] * crop.size[1]))
-        for start in range(0, len(logits), at_once):
-            full = self.predictor.upsample(logits[None, start : start + at_once], embedding)[0]
-            seen = mask_ops.threshold(full, config.stability_score_offset)
-            keep = seen.areas > 0
-            if config.stability_score_thresh > 0:
-                keep &= seen.stability >= config.stability_score_thresh
-            if config.max_mask_coverage is not None:
-                keep &= seen.areas < config.max_mask_coverage * height * width
-            boxes = seen.boxes + torch.tensor((x0, y0, x0, y0), device=full.device)
-            keep &= ~mask_ops.touches_crop_edge(
-                boxes, crop.box, height, width, config.crop_edge_tolerance
-            )
-            for i in keep.nonzero()[:, 0].tolist():
-                left, top, right, bottom = seen.boxes[i].tolist()
-                window = seen.masks[i, top : bottom + 1, left : right + 1].cpu().numpy()
-                mask = WindowMask.of(window, top + y0, left + x0)
-                yield start + i, mask, int(seen.areas[i]), float(seen.stability[i])
+        keep = seen.areas > 0
+        if config.stability_score_thresh > 0:
+            keep &= seen.stability >= config.stability_score_thresh
+        if config.max_mask_coverage is not None:
+            keep &= seen.areas < config.max_mask_coverage * height * width
+        boxes = seen.boxes + torch.tensor((x0, y0, x0, y0), device=seen.boxes.device)
+        tolerance = config.crop_edge_tolerance
+        return keep & ~mask_ops.touches_crop_edge(boxes, crop.box, height, width, tolerance)
 
-    def _nms_across_crops(self, found: list[Candidate]) -> list[Candidate]:
+    def _nms_across_crops(self, found: list[Found]) -> list[Found]:
         """Box NMS over all crops, from most to least zoomed in; then by predicted IoU, then in order of crops.
 
         The reference ranks by the crop's area instead, and leaves ties in order of crops.
         """
         if self.config.rules == "reference":
-            keys = [np.array([c.crop.size[0] * c.crop.size[1] for c in found])]
+            keys = [np.array([one.crop.size[0] * one.crop.size[1] for one in found])]
         else:
-            keys = [
-                np.array([-c.predicted_iou for c in found]),
-                np.array([-c.crop.layer for c in found]),
-            ]
+            scores = np.array([-one.candidate.predicted_iou for one in found])
+            keys = [scores, np.array([-one.crop.layer for one in found])]
         return _nms(found, np.lexsort(keys), self.config.crop_nms_thresh)
 
-    def _clean_up(self, found: list[Candidate], height: int, width: int) -> list[Candidate]:
+    def _clean_up(self, found: list[Found], height: int, width: int) -> list[Found]:
         """Remove small components and fill small holes; area and box follow, the scores stay as predicted."""
         min_area, rules = self.config.min_mask_region_area, self.config.rules
         cleaned, changed = [], []
-        for candidate in found:
-            mask = mask_ops.clean_up(candidate.mask, height, width, min_area, rules)
+        for one in found:
+            mask = mask_ops.clean_up(one.mask, height, width, min_area, rules)
             if mask is not None:
-                changed.append(mask is not candidate.mask)
-                area = int(np.count_nonzero(mask.window)) if changed[-1] else candidate.area
-                cleaned.append(replace(candidate, mask=mask, area=area))
+                cleaned.append(replace(one, mask=mask))
+                changed.append(mask is not one.mask)
         if rules == "reference":  # the released code runs NMS once more, untouched masks first
             threshold = max(self.config.box_nms_thresh, self.config.crop_nms_thresh)
             cleaned = _nms(cleaned, np.argsort(changed, kind="stable"), threshold)
         return cleaned
 
 
-def _nms(found: list[Candidate], order: np.ndarray, threshold: float) -> list[Candidate]:
-    if not found:
-        return []
-    boxes = np.array([c.mask.box for c in found])
-    return [found[i] for i in mask_ops.greedy_nms(boxes, order, threshold)]
+def _nms(found: list[Found], order: np.ndarray, threshold: float) -> list[Found]:
+    return [found[i] for i in mask_ops.greedy_nms([f.mask.box for f in found], order, threshold)]
 
 
-def _generated(candidate: Candidate, height: int, width: int) -> GeneratedMask:
-    mask, (x0, y0, x1, y1) = candidate.mask, candidate.mask.box
-    left, top, right, bottom = candidate.crop.box
+def _rendered(candidate: Candidate, upsampler: Upsampler, crop: Crop) -> Found:
+    """The candidate's pixels, moved from the crop to the released frame."""
+    left, top, _, _ = candidate.box
+    pixels = upsampler.render(candidate.logits, candidate.box).cpu().numpy()
+    return Found(WindowMask.of(pixels, top + crop.box[1], left + crop.box[0]), candidate, crop)
+
+
+def _generated(one: Found, height: int, width: int) -> GeneratedMask:
+    window, (x0, y0, x1, y1) = one.mask.window, one.mask.box
+    left, top, right, bottom = one.crop.box
     return GeneratedMask(
-        segmentation=rle.encode_window(mask.window, mask.top, mask.left, height, width),
-        area=candidate.area,
+        segmentation=rle.encode_window(window, y0, x0, height, width),
+        area=int(np.count_nonzero(window)),
         bbox=(float(x0), float(y0), float(x1 - x0), float(y1 - y0)),
-        predicted_iou=candidate.predicted_iou,
-        stability_score=candidate.stability_score,
-        point_coords=candidate.point,
+        predicted_iou=one.candidate.predicted_iou,
+        stability_score=one.candidate.stability_score,
+        point_coords=one.candidate.point,
         crop_box=(float(left), float(top), float(right - left), float(bottom - top)),
     )

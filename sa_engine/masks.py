@@ -1,10 +1,11 @@
-"""Pure functions on masks (paper appendix B): thresholds, stability, boxes, edge test, NMS, clean-up.
+"""Pure functions on masks (paper appendix B): edge test, box NMS, clean-up.
 
 Boxes of masks are XYXY with inclusive corners: the first and last column and row that the mask touches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -45,35 +46,6 @@ class WindowMask:
         return WindowMask(self.bits, self.width, self.top + dy, self.left + dx)
 
 
-class Thresholded(NamedTuple):
-    """What full-size logits of N masks tell: everything the filters need, computed where the logits are."""
-
-    masks: Tensor  # (N, H, W) bool: logits above 0
-    areas: Tensor  # (N,) int64, pixels
-    stability: Tensor  # (N,) float32, NaN where even the loosest mask is empty
-    boxes: Tensor  # (N, 4) int64 XYXY inclusive, meaningless where the area is 0
-
-
-def threshold(logits: Tensor, offset: float) -> Thresholded:
-    """Binarise (N, H, W) logits at 0 and score their stability.
-
-    The stability score (§B) is the IoU of the masks at logits ``+offset`` and ``-offset``: one lies inside the other.
-    """
-    masks = logits > 0
-    tight = (logits > offset).sum(dim=(1, 2))
-    loose = (logits > -offset).sum(dim=(1, 2))
-    return Thresholded(masks, masks.sum(dim=(1, 2)), tight / loose, mask_boxes(masks))
-
-
-def mask_boxes(masks: Tensor) -> Tensor:
-    """Boxes (N, 4) int64 XYXY inclusive of (N, H, W) bool masks."""
-    columns, rows = masks.any(dim=1).byte(), masks.any(dim=2).byte()
-    x0, y0 = columns.argmax(dim=1), rows.argmax(dim=1)
-    x1 = columns.shape[1] - 1 - columns.flip(1).argmax(dim=1)
-    y1 = rows.shape[1] - 1 - rows.flip(1).argmax(dim=1)
-    return torch.stack([x0, y0, x1, y1], dim=1)
-
-
 def touches_crop_edge(
     boxes: Tensor, crop: tuple[int, int, int, int], height: int, width: int, tolerance: float
 ) -> Tensor:
@@ -93,11 +65,11 @@ def touches_crop_edge(
     return (to_crop & ~to_image).any(dim=1)
 
 
-def greedy_nms(boxes: np.ndarray, order: np.ndarray, threshold: float) -> np.ndarray:
+def greedy_nms(boxes: Sequence[Sequence[int]], order: np.ndarray, threshold: float) -> list[int]:
     """Greedy box NMS in an explicit order, so that ties fall the same way on every machine.
 
     Args:
-        boxes: (N, 4) XYXY.
+        boxes: N times XYXY.
         order: (N,) indices from most to least preferred.
         threshold: a box is dropped when its IoU with a kept one is above this.
 
@@ -105,8 +77,8 @@ def greedy_nms(boxes: np.ndarray, order: np.ndarray, threshold: float) -> np.nda
         Indices of the kept boxes in the given order.
     """
     ranks = torch.arange(len(order), 0, -1, dtype=torch.float32)
-    ordered = torch.as_tensor(boxes[order], dtype=torch.float32).reshape(-1, 4)
-    return order[nms(ordered, ranks, threshold).numpy()]
+    ordered = torch.from_numpy(np.array(boxes, np.float32).reshape(-1, 4)[order])
+    return order[nms(ordered, ranks, threshold).numpy()].tolist()
 
 
 def clean_up(

@@ -14,6 +14,7 @@ from sa_engine.images import resize_image
 from sa_engine.modeling.folded import FoldedDecoder, SharedImage
 from sa_engine.modeling.mask_decoder import Attended
 from sa_engine.modeling.sam import Sam, input_size
+from sa_engine.upsampling import Upsampler, cached_upsampler
 
 Prompt = np.ndarray | Tensor
 
@@ -154,6 +155,13 @@ class Predictor:
         logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
         logits = logits[..., :height, :width]
         return F.interpolate(logits, embedding.size, mode="bilinear", align_corners=False)
+
+    def upsampler(self, embedding: Embedding) -> Upsampler:
+        """What measures and renders masks of this image without upsampling them whole."""
+        low_size, image_size = self.sam.prompt_encoder.mask_size, self.sam.image_size
+        return cached_upsampler(
+            low_size, image_size, embedding.input_size, embedding.size, self.sam.device
+        )
 
     def _to_tensor(self, values: Prompt | None) -> Tensor | None:
         if values is None:

@@ -1,0 +1,212 @@
+"""From low-resolution logits to masks at full size, looking at pixels only where a mask's edge may be.
+
+The released model upsamples its 256x256 logits twice, bilinearly: to the padded model input, then to the image. Both
+steps together are one separable linear map in which every pixel is a weighted mean of 3x3 neighbouring logits. Pixels
+are grouped into *cells* that share those 3x3 logits. A cell whose logits all lie above the thresholds, or all below,
+needs no upsampling to be counted, so area, stability score and box of a mask come exactly from its few edge cells.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TAPS = 3
+# Edge cells upsampled at once: their pixels and neighbourhoods stay within some tens of megabytes.
+CELLS_AT_ONCE = 100_000
+
+
+class Measures(NamedTuple):
+    """What the filters need to know of N masks."""
+
+    areas: Tensor  # (N,) int64, pixels with a logit above 0
+    stability: Tensor  # (N,) float32, NaN where even the loosest mask is empty
+    boxes: Tensor  # (N, 4) int64 XYXY inclusive, meaningless where the area is 0
+
+
+class Axis(NamedTuple):
+    """The map along one axis: 256 logits to n pixels, pixels grouped into C cells of at most P pixels."""
+
+    matrix: Tensor  # (n, 256) float32: the whole map
+    base: Tensor  # (C,) int64: first of the TAPS logits that the cell's pixels depend on
+    first: Tensor  # (C,) int64: the cell's first pixel
+    length: Tensor  # (C,) int64: its pixels
+    weights: Tensor  # (C, P, TAPS) float32, zero beyond length
+    outside: Tensor  # (C, P) float32: -inf beyond length, else 0
+
+
+class Upsampler:
+    """Measures and renders masks of one geometry.
+
+    Args:
+        low_size: side of the square low-resolution logits (256).
+        image_size: side of the padded model input (1024).
+        input_size: (height, width) of the image inside the padded model input.
+        size: (height, width) of the masks wanted.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self,
+        low_size: int,
+        image_size: int,
+        input_size: tuple[int, int],
+        size: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.rows, self.columns = (
+            _axis(low_size, image_size, inner, outer, device)
+            for inner, outer in zip(input_size, size, strict=True)
+        )
+        self.pixels = self.rows.length[:, None] * self.columns.length[None, :]
+
+    def window(self, box: tuple[int, int, int, int]) -> tuple[slice, slice]:
+        """Rows and columns of the logits that the pixels of an XYXY box (inclusive) depend on."""
+        x0, y0, x1, y1 = box
+        return _taps(self.rows, y0, y1), _taps(self.columns, x0, x1)
+
+    def render(self, logits: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+        """Pixels inside an XYXY box (inclusive), as (h, w) bool.
+
+        ``logits`` are those of :meth:`window`, so that a mask can be kept as its small logits until it is wanted.
+        """
+        x0, y0, x1, y1 = box
+        rows, columns = self.window(box)
+        down = self.rows.matrix[y0 : y1 + 1, rows]
+        across = self.columns.matrix[x0 : x1 + 1, columns]
+        return down @ logits @ across.T > 0
+
+    def measure(self, logits: Tensor, offset: float) -> Measures:
+        """Area, stability score (§B: IoU of the masks at logits ``+offset`` and ``-offset``) and box.
+
+        Args:
+            logits: (N, 256, 256) float32.
+            offset: in logits.
+        """
+        low, high = _cell_range(logits, self.rows.base, self.columns.base)
+        inside = low > offset
+        edge = ~inside & (high > -offset)
+        counts = (inside * self.pixels).sum(dim=(1, 2))[:, None].expand(-1, 3).clone()
+        extents = _extents_inside(inside, self.rows, self.columns)
+        for cells in edge.nonzero().split(CELLS_AT_ONCE):
+            self._add_edge(logits, cells, offset, counts, extents)
+        tight, areas, loose = counts.unbind(dim=1)
+        boxes = torch.stack([-extents[:, 0], -extents[:, 1], extents[:, 2], extents[:, 3]], dim=1)
+        return Measures(areas, tight / loose, boxes)
+
+    def _add_edge(
+        self, logits: Tensor, cells: Tensor, offset: float, counts: Tensor, extents: Tensor
+    ) -> None:
+        """Add the pixels of edge cells, (K, 3) of mask, row and column, to counts (N, 3) and extents (N, 4)."""
+        mask, row, column = cells.unbind(dim=1)
+        near = logits.unfold(1, TAPS, 1).unfold(2, TAPS, 1)
+        patches = near[mask, self.rows.base[row], self.columns.base[column]]
+        values = self.rows.weights[row] @ patches @ self.columns.weights[column].transpose(1, 2)
+        values += self.rows.outside[row][:, :, None] + self.columns.outside[column][:, None, :]
+        # Summed as float32: exact for so few pixels, and several times faster than summing bools.
+        tight, area, loose = (
+            (values > t).to(torch.float32).sum(dim=(1, 2)).long() for t in (offset, 0.0, -offset)
+        )
+        counts.index_add_(0, mask, torch.stack([tight, area, loose], dim=1))
+        self._extend(values, cells, area > 0, extents)
+
+    def _extend(self, values: Tensor, cells: Tensor, present: Tensor, extents: Tensor) -> None:
+        """Grow extents (N, 4) by the masks' outermost cells among those ``present``, (K,) bool."""
+        reach = torch.full_like(extents, -len(self.pixels) - self.pixels.shape[1])
+        mask, row, column = cells[present].unbind(dim=1)
+        ends = torch.stack([-column, -row, column, row], dim=1)
+        _grow(reach, mask, ends)
+        outermost = (ends == reach[mask]).any(dim=1)
+        mask, row, column = (part[outermost] for part in (mask, row, column))
+        inside = values[present][outermost] > 0
+        y0, y1 = _first_and_last(inside.any(dim=2), self.rows.first[row])
+        x0, x1 = _first_and_last(inside.any(dim=1), self.columns.first[column])
+        _grow(extents, mask, torch.stack([-x0, -y0, x1, y1], dim=1))
+
+
+@lru_cache(maxsize=64)
+def cached_upsampler(
+    low_size: int,
+    image_size: int,
+    input_size: tuple[int, int],
+    size: tuple[int, int],
+    device: torch.device,
+) -> Upsampler:
+    """An :class:`Upsampler`, shared by all crops of the same size."""
+    with torch.inference_mode(False):
+        return Upsampler(low_size, image_size, input_size, size, device)
+
+
+def _axis(low: int, image: int, inner: int, outer: int, device: torch.device) -> Axis:
+    """The two bilinear steps along one axis as weights of TAPS neighbours; ``inner`` of ``image`` pixels are used."""
+    first_step = torch.zeros(image, low, dtype=torch.float64)
+    lower, upper, share = _bilinear(low, image)
+    first_step.scatter_add_(1, lower[:, None], (1 - share)[:, None])
+    first_step.scatter_add_(1, upper[:, None], share[:, None])
+    lower, upper, share = _bilinear(inner, outer)
+    matrix = first_step[lower] * (1 - share)[:, None] + first_step[upper] * share[:, None]
+    base = (matrix != 0).double().argmax(dim=1).clamp(max=low - TAPS)
+    _, group, sizes = base.unique_consecutive(return_inverse=True, return_counts=True)
+    # The clamped ends make cells half as large again as the others: cut in two, all pad to less.
+    longest = -(-outer // len(sizes))
+    place = torch.arange(outer) - (sizes.cumsum(0) - sizes)[group]
+    _, length = (group * outer + place // longest).unique_consecutive(return_counts=True)
+    first = length.cumsum(0) - length
+    position = torch.arange(longest)
+    outside = position[None, :] >= length[:, None]
+    pixels = (first[:, None] + position).clamp(max=outer - 1)
+    taps = matrix.gather(1, base[:, None] + torch.arange(TAPS))
+    weights = taps[pixels].masked_fill(outside[..., None], 0).float()
+    penalty = torch.zeros(outside.shape).masked_fill(outside, -torch.inf)
+    parts = (matrix.float(), base[first], first, length, weights, penalty)
+    return Axis(*(part.to(device) for part in parts))
+
+
+def _bilinear(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower and upper source index (target,) and the upper one's share, pixel centres at half integers."""
+    position = ((torch.arange(target).double() + 0.5) * (source / target) - 0.5).clamp(min=0)
+    lower = position.floor().long().clamp(max=source - 1)
+    return lower, (lower + 1).clamp(max=source - 1), position - lower
+
+
+def _taps(axis: Axis, first: int, last: int) -> slice:
+    """The logits that pixels ``first`` to ``last`` depend on."""
+    used = axis.matrix[[first, last]].nonzero()[:, 1]
+    return slice(int(used.min()), int(used.max()) + 1)
+
+
+def _cell_range(logits: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest logit of every cell's neighbourhood: two of (N, row cells, column cells)."""
+    low = high = logits
+    for dim, cells in ((1, rows), (2, columns)):
+        length = low.shape[dim] - TAPS + 1
+        parts = [(low.narrow(dim, i, length), high.narrow(dim, i, length)) for i in range(TAPS)]
+        (low, high), *others = parts
+        for other_low, other_high in others:
+            low, high = torch.minimum(low, other_low), torch.maximum(high, other_high)
+        low, high = low.index_select(dim, cells), high.index_select(dim, cells)
+    return low, high
+
+
+def _extents_inside(inside: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """Extents (N, 4) of the cells wholly inside: -x0, -y0, x1, y1, so that all four grow by maximum."""
+    none = torch.iinfo(torch.int64).min // 2
+    found = []
+    for cells, axis in ((inside.any(dim=1), columns), (inside.any(dim=2), rows)):
+        last = axis.first + axis.length - 1
+        found.append((-axis.first).where(cells, none).amax(dim=1))
+        found.append(last.where(cells, none).amax(dim=1))
+    x0, x1, y0, y1 = found
+    return torch.stack([x0, y0, x1, y1], dim=1)
+
+
+def _grow(extents: Tensor, mask: Tensor, ends: Tensor) -> None:
+    """Raise the extents (N, 4) of each row's mask to its ends (K, 4), in place."""
+    extents.scatter_reduce_(0, mask[:, None].expand(-1, 4), ends, "amax")
+
+
+def _first_and_last(present: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last set pixel of (K, P) bool, each row of which begins at pixel ``first``."""
+    bits = present.byte()
+    return first + bits.argmax(dim=1), first + bits.shape[1] - 1 - bits.flip(1).argmax(dim=1)
