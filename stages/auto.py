@@ -115,26 +115,29 @@ class AutoWorker:
             source_path=item.key,
             sha256=result.sha256,
             masks=tuple(
-                self._record(mask_id(item.image_id, i), mask) for i, mask in enumerate(result.masks)
+                mask_record(mask_id(item.image_id, i), mask, self.fingerprint)
+                for i, mask in enumerate(result.masks)
             ),
         )
         if not self.config.write_images:
             return record, None
         return record, encode_jpeg(result.released, self.config.jpeg_quality)
 
-    def _record(self, number: int, mask: "GeneratedMask") -> MaskRecord:
-        return MaskRecord(
-            id=number,
-            segmentation=mask.segmentation,
-            area=mask.area,
-            bbox=list(mask.bbox),
-            predicted_iou=mask.predicted_iou,
-            stability_score=mask.stability_score,
-            point_coords=[list(mask.point_coords)],
-            crop_box=list(mask.crop_box),
-            source="automatic",
-            model_fingerprint=self.fingerprint,
-        )
+
+def mask_record(number: int, mask: "GeneratedMask", fingerprint: str) -> MaskRecord:
+    """The record of a generated mask with the id ``number``."""
+    return MaskRecord(
+        id=number,
+        segmentation=mask.segmentation,
+        area=mask.area,
+        bbox=list(mask.bbox),
+        predicted_iou=mask.predicted_iou,
+        stability_score=mask.stability_score,
+        point_coords=[list(mask.point_coords)],
+        crop_box=list(mask.crop_box),
+        source="automatic",
+        model_fingerprint=fingerprint,
+    )
 
 
 def run(config: AutoConfig) -> runner.Report:
