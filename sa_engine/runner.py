@@ -195,6 +195,9 @@ def _machine(config: RunConfig, threads: int | None) -> Iterator[Resources]:
         yield Resources(1, threads or _cores(), 0)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray gives its workers the lowest priority; one other busy process then stops a worker's threads
+    # from meeting, and a run takes many times as long.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if not config.verbose:
         # Otherwise Ray's core prints a harmless error for every pool of actors (Ray issue 53727).
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
