@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before anything imports ray
-os.environ["RAY_worker_niceness"] = "0"  # as the runner does, see there
+# Before anything imports ray, as the runner does.
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
 # Child processes and Ray's workers import the checkout and the tests' own stage.
 os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(__file__).parents[up]) for up in (1, 0))
 
