@@ -74,6 +74,7 @@ class MaskGenerator:
         default_batch = POINTS_PER_BATCH.get(device, DEFAULT_POINTS_PER_BATCH)
         self.points_per_batch = config.points_per_batch or default_batch
 
+    @torch.inference_mode()
     def generate(
         self, image: np.ndarray, released: np.ndarray | None = None
     ) -> list[GeneratedMask]:

@@ -75,11 +75,19 @@ class Predictor:
         Args:
             pixels: (h, w, 3) uint8 RGB arrays whose sizes are ``input_size`` of the entry in ``sizes``.
             sizes: (height, width) of the frame that prompts and masks will use.
+
+        Raises:
+            FloatingPointError: the embedding is not finite, so every mask would silently be missing.
         """
         with self.inference():
             images = [torch.from_numpy(p).to(self.sam.device).permute(2, 0, 1) for p in pixels]
             batch = torch.stack([self.sam.preprocess(image) for image in images])
             features = self.sam.image_encoder(batch).float()
+            if not features.isfinite().all():
+                raise FloatingPointError(
+                    f"the image encoder gave values that are not finite in {self.precision}: "
+                    "the checkpoint is damaged, or needs --precision fp32"
+                )
             return [
                 Embedding(
                     one, size, (p.shape[0], p.shape[1]), self.decoder.share(one, self.no_mask)

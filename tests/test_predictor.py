@@ -3,6 +3,7 @@
 import mobile_sam
 import numpy as np
 import pytest
+import torch
 from parity.reference import load_reference, photo
 
 from sa_engine.modeling.sam import load_sam
@@ -99,3 +100,12 @@ def test_incomplete_prompts_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="prompt"):
         predictor.predict(embedding, **prompt)
+
+
+def test_a_damaged_model_is_no_image_without_masks(image: np.ndarray) -> None:
+    """NaN compares false with every threshold: without the check, every mask would just be missing."""
+    sam = load_sam(resolve("vit_t"))
+    with torch.no_grad():
+        sam.image_encoder.neck[0].weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        Predictor(sam).embed(image)
