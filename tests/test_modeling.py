@@ -7,6 +7,7 @@ import pytest
 import segment_anything
 import torch
 from parity.reference import load_reference, photo
+from safetensors.torch import save_file
 from torch import nn
 
 from sa_engine.modeling.folded import FoldedDecoder
@@ -140,6 +141,16 @@ def test_a_checkpoint_tells_its_architecture_and_depth(tmp_path: Path) -> None:
     loaded = load_sam(tmp_path / "three.pth")
     assert len(loaded.mask_decoder.transformer.layers) == 3
     assert model_fingerprint(loaded) == model_fingerprint(model)
+
+
+def test_a_checkpoint_of_an_old_pytorch_loads(tmp_path: Path) -> None:
+    """Files from before the zip format, and safetensors, give the same model."""
+    model = build_sam("vit_t")
+    path = tmp_path / "old.pth"
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+    save_file(model.state_dict(), tmp_path / "new.safetensors")
+    fingerprints = {model_fingerprint(load_sam(p)) for p in tmp_path.iterdir()}
+    assert fingerprints == {model_fingerprint(model)}
 
 
 def test_fingerprint_sees_one_changed_value(tiny: tuple[Sam, nn.Module]) -> None:

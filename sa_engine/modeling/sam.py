@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch and safetensors raise a dozen unrelated types here
         raise CheckpointError(
             f"cannot read checkpoint {path}: {type(error).__name__}: {str(error)[:200]}. Expected a "
