@@ -136,8 +136,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch and safetensors raise a dozen unrelated types here
         raise CheckpointError(
-            f"cannot read checkpoint {path}: {type(error).__name__}: {str(error)[:200]}. Expected a "
-            "PyTorch state dict (.pth, .pt) or a .safetensors file; see 'sa-engine weights list'."
+            f"cannot read checkpoint {path}: it is damaged or of another kind "
+            f"({type(error).__name__}); expected a PyTorch state dict (.pth, .pt) or a .safetensors "
+            "file; see 'sa-engine weights list'"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(
