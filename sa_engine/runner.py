@@ -8,6 +8,7 @@ there is work for it.
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,7 +142,8 @@ def _run_on_ray(
     import ray.data
 
     if not spec.config.verbose:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # What goes wrong is raised; Ray Data would print it twice more, with its own traceback.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     dataset = ray.data.from_items(
         [{"shard": _shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
     ).map_batches(
@@ -158,10 +160,19 @@ def _run_on_ray(
     dataset.context.print_on_execution_start = spec.config.verbose
     # Ray would give up after half an hour without a row; a shard may take longer.
     dataset.context.execution_no_progress_timeout_s = -1
-    for row in dataset.iter_rows():
-        if row["error"]:
-            raise RunError(row["error"])
-        yield ShardStats.from_json(row["stats"])
+    try:
+        for row in dataset.iter_rows():
+            if row["error"]:
+                raise RunError(row["error"])
+            yield ShardStats.from_json(row["stats"])
+    except ray.exceptions.ActorDiedError as error:
+        missing = re.search(r"No module named '[^']+'", str(error))
+        if missing is None:
+            raise
+        raise RunError(
+            f"a Ray worker cannot start: {missing[0]} on its machine; install the same sa-engine "
+            "on every machine of the cluster, in the environment that `ray start` runs in"
+        ) from None
 
 
 class _RayWorker:
