@@ -125,7 +125,8 @@ class MaskGenerator:
         ranking = np.argsort([-c.predicted_iou for c in candidates], kind="stable")
         kept = mask_ops.greedy_nms([c.box for c in candidates], ranking, self.config.box_nms_thresh)
         upsampler = self.predictor.upsampler(embedding)
-        return [_rendered(candidates[i], upsampler, crop) for i in kept]
+        rendered = (_rendered(candidates[i], upsampler, crop) for i in kept)
+        return [one for one in rendered if one is not None]
 
     def _process_batch(
         self, embedding: Embedding, points: np.ndarray, crop: Crop, height: int, width: int
@@ -207,11 +208,15 @@ def _nms(found: list[Found], order: np.ndarray, threshold: float) -> list[Found]
     return [found[i] for i in mask_ops.greedy_nms([f.mask.box for f in found], order, threshold)]
 
 
-def _rendered(candidate: Candidate, upsampler: Upsampler, crop: Crop) -> Found:
-    """The candidate's pixels, moved from the crop to the released frame."""
+def _rendered(candidate: Candidate, upsampler: Upsampler, crop: Crop) -> Found | None:
+    """The candidate's pixels, moved from the crop to the released frame.
+
+    Rounding differs from when it was measured: a pixel of the box's edge may be gone, or a one-pixel mask.
+    """
     left, top, _, _ = candidate.box
     pixels = upsampler.render(candidate.logits, candidate.box).cpu().numpy()
-    return Found(WindowMask.of(pixels, top + crop.box[1], left + crop.box[0]), candidate, crop)
+    mask = WindowMask.of(pixels, top + crop.box[1], left + crop.box[0])
+    return None if mask is None else Found(mask, candidate, crop)
 
 
 def _generated(one: Found, height: int, width: int) -> GeneratedMask:

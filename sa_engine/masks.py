@@ -27,9 +27,17 @@ class WindowMask:
     left: int
 
     @classmethod
-    def of(cls, window: np.ndarray, top: int, left: int) -> "WindowMask":
-        """Pack a (h, w) bool window whose first pixel is at (top, left) of the frame."""
-        return cls(np.packbits(window, axis=1), window.shape[1], top, left)
+    def of(cls, window: np.ndarray, top: int, left: int) -> "WindowMask | None":
+        """Pack what is set in a (h, w) bool window whose first pixel is at (top, left) of the frame.
+
+        The box is that of the set pixels; None if there are none.
+        """
+        rows, columns = np.flatnonzero(window.any(axis=1)), np.flatnonzero(window.any(axis=0))
+        if not rows.size:
+            return None
+        y0, x0 = int(rows[0]), int(columns[0])
+        inside = window[y0 : rows[-1] + 1, x0 : columns[-1] + 1]
+        return cls(np.packbits(inside, axis=1), inside.shape[1], top + y0, left + x0)
 
     @property
     def window(self) -> np.ndarray:
@@ -40,10 +48,6 @@ class WindowMask:
     def box(self) -> tuple[int, int, int, int]:
         """XYXY in the frame, inclusive corners."""
         return (self.left, self.top, self.left + self.width - 1, self.top + len(self.bits) - 1)
-
-    def shifted(self, dx: int, dy: int) -> "WindowMask":
-        """The same mask in a frame whose origin lies (dx, dy) further left and up."""
-        return WindowMask(self.bits, self.width, self.top + dy, self.left + dx)
 
 
 def touches_crop_edge(
@@ -96,13 +100,7 @@ def clean_up(
     cleaned = window
     for step in steps if rules == "paper" else reversed(steps):
         cleaned = _without_small(cleaned, min_area, step, keep_largest=rules == "reference")
-    if cleaned is window:
-        return mask
-    rows, columns = np.flatnonzero(cleaned.any(axis=1)), np.flatnonzero(cleaned.any(axis=0))
-    if not rows.size:
-        return None
-    inside = cleaned[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return WindowMask.of(inside, y0 + int(rows[0]), x0 + int(columns[0]))
+    return mask if cleaned is window else WindowMask.of(cleaned, y0, x0)
 
 
 def _margins(mask: WindowMask, height: int, width: int, min_area: int) -> tuple[int, int, int, int]:

@@ -17,9 +17,9 @@ def blobs(seed: int, height: int = 90, width: int = 120, blur: int = 7) -> np.nd
 
 
 def packed(mask: np.ndarray) -> masks.WindowMask:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    inside = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return masks.WindowMask.of(inside, int(rows[0]), int(columns[0]))
+    found = masks.WindowMask.of(mask, 0, 0)
+    assert found is not None
+    return found
 
 
 def unpacked(mask: masks.WindowMask, height: int, width: int) -> np.ndarray:
@@ -27,6 +27,16 @@ def unpacked(mask: masks.WindowMask, height: int, width: int) -> np.ndarray:
     x0, y0, x1, y1 = mask.box
     whole[y0 : y1 + 1, x0 : x1 + 1] = mask.window
     return whole
+
+
+def test_a_window_is_packed_to_what_is_set() -> None:
+    """The box is that of the pixels, wherever the window was cut; nothing set is no mask."""
+    mask = np.zeros((30, 50), dtype=bool)
+    mask[4:9, 7:20] = True
+    found = masks.WindowMask.of(mask[2:, 3:], 2, 3)
+    assert found is not None and found.box == (7, 4, 19, 8)
+    assert np.array_equal(unpacked(found, 30, 50), mask)
+    assert masks.WindowMask.of(np.zeros((3, 3), dtype=bool), 0, 0) is None
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 100, 80), (60, 40, 160, 120), (0, 40, 90, 120)])
