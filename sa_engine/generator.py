@@ -4,7 +4,11 @@ Everything is measured in the *released frame*: the image scaled down to ``short
 original size). Only the pixels of zoomed-in crops come from the original, which is the one use of its resolution.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +25,12 @@ from sa_engine.modeling.sam import input_size
 from sa_engine.predictor import Embedding, Predictor
 from sa_engine.upsampling import Measures, Upsampler
 
-# On a CPU two prompts' image tokens (4 MB each) stay in cache; a GPU wants many at once.
-POINTS_PER_BATCH = {"cpu": 2}
+# On a CPU a few prompts' image tokens (4 MB each) stay in cache; a GPU wants many at once.
+POINTS_PER_BATCH = {"cpu": 4}
 DEFAULT_POINTS_PER_BATCH = 64
+
+# Like the built-in map over inputs that do not depend on each other, results in order.
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,10 @@ class MaskGenerator:
         found: list[Found] = []
         layers, overlap = self.config.crop_n_layers, self.config.crop_overlap_ratio
         image_crops = crops(height, width, layers, overlap)
-        for crop in image_crops:
-            embedding = self._embed_crop(image, released, crop)
-            found += self._process_crop(embedding, crop, height, width)
+        with _side_by_side(self.predictor.sam.device) as each:
+            for crop in image_crops:
+                embedding = self._embed_crop(image, released, crop)
+                found += self._process_crop(embedding, crop, height, width, each)
         if len(image_crops) > 1:
             found = self._nms_across_crops(found)
         if self.config.min_mask_region_area > 0:
@@ -112,21 +120,27 @@ class MaskGenerator:
         return self.predictor.embed_pixels([pixels], [crop.size])[0]
 
     def _process_crop(
-        self, embedding: Embedding, crop: Crop, height: int, width: int
+        self, embedding: Embedding, crop: Crop, height: int, width: int, each: Map
     ) -> list[Found]:
         """Prompt one crop with its grid, filter, and remove duplicates by box NMS ranked by predicted IoU."""
         factor = self.config.crop_n_points_downscale_factor
         grid = layer_grid(self.config.points_per_side, crop.layer, factor)
         points = grid * np.array(crop.size[::-1])
-        candidates: list[Candidate] = []
-        for start in range(0, len(points), self.points_per_batch):
+
+        def process(start: int) -> list[Candidate]:
             batch = points[start : start + self.points_per_batch]
-            candidates += self._process_batch(embedding, batch, crop, height, width)
+            return self._process_batch(embedding, batch, crop, height, width)
+
+        batches = each(process, range(0, len(points), self.points_per_batch))
+        candidates = [candidate for batch in batches for candidate in batch]
         ranking = np.argsort([-c.predicted_iou for c in candidates], kind="stable")
         kept = mask_ops.greedy_nms([c.box for c in candidates], ranking, self.config.box_nms_thresh)
         upsampler = self.predictor.upsampler(embedding)
-        rendered = (_rendered(candidates[i], upsampler, crop) for i in kept)
-        return [one for one in rendered if one is not None]
+
+        def render(i: int) -> Found | None:
+            return _rendered(candidates[i], upsampler, crop)
+
+        return [one for one in each(render, kept) if one is not None]
 
     def _process_batch(
         self, embedding: Embedding, points: np.ndarray, crop: Crop, height: int, width: int
@@ -141,8 +155,9 @@ class MaskGenerator:
             prompts = wanted.any(dim=1).nonzero()[:, 0]
             if not len(prompts):
                 return []
-            kept = Attended(*(part[prompts] for part in attended))
-            logits = decoder.predict_masks(kept, slice(1, None)).float()[wanted[prompts]]
+            if len(prompts) < len(points):
+                attended = Attended(*(part[prompts] for part in attended))
+            logits = decoder.predict_masks(attended, slice(1, None)).float()[wanted[prompts]]
         upsampler = predictor.upsampler(embedding)
         seen = upsampler.measure(logits, self.config.stability_score_offset)
         scores = predicted_iou[wanted].tolist()
@@ -202,6 +217,21 @@ class MaskGenerator:
             threshold = max(self.config.box_nms_thresh, self.config.crop_nms_thresh)
             cleaned = _nms(cleaned, np.argsort(changed, kind="stable"), threshold)
         return cleaned
+
+
+@contextmanager
+def _side_by_side(device: torch.device) -> Iterator[Map]:
+    """``map`` over independent inputs.
+
+    On a CPU every core takes one of its own: what a batch of prompts multiplies is too small to share between cores.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # Inference mode belongs to a thread.
+        yield lambda function, inputs: pool.map(torch.inference_mode()(function), inputs)
 
 
 def _nms(found: list[Found], order: np.ndarray, threshold: float) -> list[Found]:

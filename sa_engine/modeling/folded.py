@@ -11,7 +11,9 @@ Biases added to all keys alike cancel in the softmax and are left out. Everythin
 (B, positions, width), in which the transposed convolutions of the upscaling are plain matrix products.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,12 @@ from torch import Tensor, nn
 from sa_engine.modeling.layers import LayerNorm2d
 from sa_engine.modeling.mask_decoder import Attended, MaskDecoder
 from sa_engine.modeling.transformer import Attention, TwoWayBlock
+
+PIXELS = 16  # 4x4 pixels of the low-resolution logits come from every position
+# Positions worked on at once on a CPU: 1 MB of 256 channels, what a core's second-level cache holds.
+CPU_POSITIONS = 1024
+
+Norm = tuple[Tensor, Tensor, float]
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,20 @@ class FoldedDecoder:
     Args:
         decoder: the decoder, on its device, in eval mode.
         image_pe: (1, width, h, w) positional encoding of the image embedding's cells.
+        dtype: arithmetic of the image side, which is nearly all of it; tokens stay in the decoder's own.
     """
 
-    def __init__(self, decoder: MaskDecoder, image_pe: Tensor) -> None:
+    def __init__(
+        self, decoder: MaskDecoder, image_pe: Tensor, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.decoder = decoder
-        self.image_pe = image_pe.flatten(2).transpose(1, 2).contiguous()
+        self.dtype = dtype
+        self.image_pe = image_pe.flatten(2).transpose(1, 2).to(dtype).contiguous()
         self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        first, _, _, second, _ = decoder.output_upscaling
-        self.upscaling = [_as_linear(first), _as_linear(second)]
+        first, norm, _, second, _ = decoder.output_upscaling
+        assert isinstance(norm, LayerNorm2d)
+        self.upscaling = [part.to(dtype) for part in (*_as_linear(first), *_as_linear(second))]
+        self.upscaling_norm = (norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
 
     def share(self, image: Tensor, dense: Tensor) -> SharedImage:
         """Project the image for the first layer.
@@ -63,24 +77,37 @@ class FoldedDecoder:
         block = self.decoder.transformer.blocks[0]
         to_image, to_tokens = block.cross_attn_token_to_image, block.cross_attn_image_to_token
         return SharedImage(
-            source,
+            source.to(self.dtype),
             _heads(to_image.k_proj(key), to_image).contiguous(),
             _heads(to_image.v_proj(source), to_image).contiguous(),
-            _heads(to_tokens.q_proj(key), to_tokens).contiguous(),
+            _heads(to_tokens.q_proj(key), to_tokens).to(self.dtype).contiguous(),
         )
 
     def attend(self, shared: SharedImage, prompt_tokens: Tensor) -> Attended:
-        """Run the transformer for (B, T, width) prompt tokens; see :meth:`MaskDecoder.attend`."""
+        """Run the transformer for (B, T, width) prompt tokens; see :meth:`MaskDecoder.attend`.
+
+        A layer's update of the image waits for the next attention from tokens to image, which depends on tokens
+        only: the image is then visited once for both.
+        """
         transformer = self.decoder.transformer
         batch = max(len(prompt_tokens), len(shared.image))
         outputs = self.output_tokens.expand(batch, -1, -1)
         token_pe = torch.cat([outputs, prompt_tokens.expand(batch, -1, -1)], dim=1)
         first, *others = transformer.blocks
-        tokens, image = self._first_layer(first, shared, token_pe)
+        tokens = self._first_tokens(first, shared, token_pe)
+        update = self._first_update(first, shared, tokens, token_pe)
+        before = shared.image.expand(batch, -1, -1)
+        image = torch.empty(before.shape, dtype=before.dtype, device=before.device)
         for block in others:
-            tokens, image = self._layer(block, tokens, image, token_pe)
-        last = transformer.final_attn_token_to_image
-        attended = _tokens_to_image(last, tokens + token_pe, image + self.image_pe, image)
+            query = tokens + token_pe
+            tokens = block.norm1(tokens + block.self_attn(query, query, tokens))
+            attention = block.cross_attn_token_to_image
+            attended = self._visit(attention, tokens + token_pe, update, before, image)
+            tokens = block.norm2(tokens + attended)
+            tokens = block.norm3(tokens + block.mlp(tokens))
+            update, before = self._update(block, tokens, token_pe), image
+        attention = transformer.final_attn_token_to_image
+        attended = self._visit(attention, tokens + token_pe, update, before, image)
         tokens = transformer.norm_final_attn(tokens + attended)
         return Attended(tokens[:, 0], tokens[:, 1 : len(self.output_tokens)], image)
 
@@ -89,93 +116,155 @@ class FoldedDecoder:
         return self.decoder.predict_iou(attended)
 
     def predict_masks(self, attended: Attended, wanted: slice = slice(None)) -> Tensor:
-        """Low-resolution logits (B, M, 256, 256) of the ``wanted`` mask tokens."""
-        batch, positions, _ = attended.image.shape
+        """Low-resolution logits (B, M, 256, 256) of the ``wanted`` mask tokens, in the image side's dtype."""
+        image = attended.image
+        batch, positions, _ = image.shape
         side = round(positions**0.5)
-        heads = range(len(self.decoder.output_hypernetworks_mlps))[wanted]
-        weights = torch.stack(
-            [self.decoder.output_hypernetworks_mlps[i](attended.mask_tokens[:, i]) for i in heads],
-            dim=1,
-        )
-        logits = weights @ self._upscale(attended.image).transpose(1, 2)
+        networks = list(self.decoder.output_hypernetworks_mlps)
+        chosen = range(len(networks))[wanted]
+        weights = torch.stack([networks[i](attended.mask_tokens[:, i]) for i in chosen], dim=1)
+        weights = weights.to(self.dtype)
+        logits = image.new_empty(batch, len(chosen), positions, PIXELS)
+        for prompts, tiles in _tiles(image):
+            for cells in tiles:
+                upscaled = self._upscale(image[prompts, cells])
+                products = weights[prompts] @ upscaled.transpose(1, 2)
+                logits[prompts, :, cells] = products.unflatten(2, (-1, PIXELS))
         # Every position became 4x4 pixels in two 2x2 steps: back to rows and columns.
-        cells = logits.reshape(batch, len(heads), side, side, 2, 2, 2, 2)
-        return cells.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, len(heads), 4 * side, 4 * side)
+        pixels = logits.reshape(batch, len(chosen), side, side, 2, 2, 2, 2)
+        return pixels.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, -1, 4 * side, 4 * side)
 
-    def _first_layer(
-        self, block: TwoWayBlock, shared: SharedImage, token_pe: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The layer in which the tokens are their own encoding and the image is shared."""
+    def _first_tokens(self, block: TwoWayBlock, shared: SharedImage, token_pe: Tensor) -> Tensor:
+        """Tokens (B, T, width) after the first layer, in which they are their own encoding."""
         tokens = block.norm1(block.self_attn(token_pe, token_pe, token_pe))
         attention = block.cross_attn_token_to_image
         query = _heads(attention.q_proj(tokens + token_pe), attention)
         attended = F.scaled_dot_product_attention(query, shared.keys, shared.values)
         tokens = block.norm2(tokens + attention.out_proj(attended.transpose(1, 2).flatten(2)))
-        tokens = block.norm3(tokens + block.mlp(tokens))
-        attention = block.cross_attn_image_to_token
-        key = _heads(attention.k_proj(tokens + token_pe), attention)
-        scores = key @ shared.queries.transpose(2, 3) * key.shape[-1] ** -0.5
-        return tokens, _add_attended(block, shared.image, scores, tokens)
+        return block.norm3(tokens + block.mlp(tokens))
 
-    def _layer(
-        self, block: TwoWayBlock, tokens: Tensor, image: Tensor, token_pe: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        query = tokens + token_pe
-        tokens = block.norm1(tokens + block.self_attn(query, query, tokens))
-        image_key = image + self.image_pe
-        attended = _tokens_to_image(
-            block.cross_attn_token_to_image, tokens + token_pe, image_key, image
-        )
-        tokens = block.norm2(tokens + attended)
-        tokens = block.norm3(tokens + block.mlp(tokens))
+    def _first_update(
+        self, block: TwoWayBlock, shared: SharedImage, tokens: Tensor, token_pe: Tensor
+    ) -> "ImageUpdate":
+        """The first layer's update, whose queries are the same for all prompts."""
         attention = block.cross_attn_image_to_token
-        key = _heads(attention.k_proj(tokens + token_pe), attention)
-        folded = _fold(key, attention.q_proj.weight)
-        bias = (key * _head_rows(attention.q_proj.bias, attention)).sum(-1, keepdim=True)
-        scores = (folded @ image_key.transpose(1, 2)).unflatten(1, key.shape[1:3])
-        scores = (scores + bias) * key.shape[-1] ** -0.5
-        return tokens, _add_attended(block, image, scores, tokens)
+        key = _scaled_heads(attention.k_proj, tokens + token_pe, attention).to(self.dtype)
+        queries = shared.queries.expand(len(key), -1, -1, -1)
+
+        def scores(image: Tensor, prompts: slice, cells: slice) -> Tensor:
+            return key[prompts] @ queries[prompts, :, cells].transpose(2, 3)
+
+        return ImageUpdate(scores, *self._update_parts(block, tokens))
+
+    def _update(self, block: TwoWayBlock, tokens: Tensor, token_pe: Tensor) -> "ImageUpdate":
+        """A later layer's update: its query projection is folded into the keys."""
+        attention = block.cross_attn_image_to_token
+        key = _scaled_heads(attention.k_proj, tokens + token_pe, attention)
+        folded = _fold(key, attention.q_proj.weight).to(self.dtype)
+        bias = (key * _head_rows(attention.q_proj.bias, attention)).sum(-1).flatten(1)
+        bias = bias[..., None].to(self.dtype)
+        heads = key.shape[1:3]
+
+        def scores(image: Tensor, prompts: slice, cells: slice) -> Tensor:
+            image_key = image + self.image_pe[:, cells]
+            products = folded[prompts] @ image_key.transpose(1, 2)
+            return products.add_(bias[prompts]).unflatten(1, heads)
+
+        return ImageUpdate(scores, *self._update_parts(block, tokens))
+
+    def _update_parts(self, block: TwoWayBlock, tokens: Tensor) -> tuple[Tensor, Norm]:
+        """Values (B, heads * T, width) with the output projection folded in, and the norm after them."""
+        attention = block.cross_attn_image_to_token
+        values = _heads(attention.v_proj(tokens), attention)
+        outputs = attention.out_proj.weight.unflatten(1, (attention.heads, -1)).permute(1, 2, 0)
+        # Every head's weights sum to 1, so the bias can go into the values.
+        folded = values @ outputs + attention.out_proj.bias / attention.heads
+        norm = block.norm4
+        return folded.flatten(1, 2).to(self.dtype), (
+            norm.weight.to(self.dtype),
+            norm.bias.to(self.dtype),
+            norm.eps,
+        )
+
+    def _visit(
+        self,
+        attention: Attention,
+        query: Tensor,
+        update: "ImageUpdate",
+        before: Tensor,
+        image: Tensor,
+    ) -> Tensor:
+        """Update the image, then attend to it from the tokens, projections on the token side.
+
+        Args:
+            attention: from tokens to image.
+            query: (B, T, width) tokens.
+            update: of the image, by the layer before.
+            before: (B, N, width) image before the update.
+            image: (B, N, width) receives the image after it; may be ``before``.
+
+        Returns:
+            (B, T, width) what the tokens gathered.
+        """
+        split = _scaled_heads(attention.q_proj, query, attention)
+        folded = _fold(split, attention.k_proj.weight).to(self.dtype)
+        scores = image.new_empty(*folded.shape[:2], image.shape[1])
+        gathered = torch.empty_like(folded)
+        for prompts, tiles in _tiles(image):
+            for cells in tiles:
+                after = update(before[prompts, cells], prompts, cells)
+                image[prompts, cells] = after
+                image_key = after + self.image_pe[:, cells]
+                scores[prompts, :, cells] = folded[prompts] @ image_key.transpose(1, 2)
+            gathered[prompts] = scores[prompts].softmax(dim=-1) @ image[prompts]
+        # (heads, inner / heads, width)
+        projections = attention.v_proj.weight.unflatten(0, (attention.heads, -1))
+        by_head = gathered.to(query.dtype).unflatten(1, split.shape[1:3])
+        out = (by_head @ projections.transpose(1, 2)).transpose(1, 2).flatten(2)
+        return attention.out_proj(out + attention.v_proj.bias)
 
     def _upscale(self, image: Tensor) -> Tensor:
-        """Image (B, N, width) -> (B, 16 N, width / 8): the 4x4 pixels of every position."""
-        _, norm, activation, _, last_activation = self.decoder.output_upscaling
-        assert isinstance(norm, LayerNorm2d)
-        (first, first_bias), (second, second_bias) = self.upscaling
+        """Image (B, n, width) -> (B, 16 n, width / 8): the 4x4 pixels of every position."""
+        first, first_bias, second, second_bias = self.upscaling
+        weight, bias, eps = self.upscaling_norm
         x = F.linear(image, first, first_bias).unflatten(-1, (4, -1))
-        x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
-        return last_activation(F.linear(x, second, second_bias)).reshape(
-            len(image), -1, len(second) // 4
-        )
+        x = F.gelu(F.layer_norm(x, weight.shape, weight, bias, eps))
+        x = F.gelu(F.linear(x, second, second_bias))
+        return x.reshape(len(image), -1, len(second) // 4)
 
 
-def _tokens_to_image(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Cross attention from (B, T, width) tokens to (B, N, width) positions, projections on the token side."""
-    split = (
-        _heads(attention.q_proj(query), attention)
-        * (len(attention.q_proj.weight) / attention.heads) ** -0.5
-    )
-    weights = (_fold(split, attention.k_proj.weight) @ key.transpose(1, 2)).softmax(dim=-1)
-    gathered = (weights @ value).unflatten(1, split.shape[1:3])  # (B, heads, T, width)
-    projections = attention.v_proj.weight.unflatten(
-        0, (attention.heads, -1)
-    )  # (heads, inner / heads, width)
-    out = (gathered @ projections.transpose(1, 2)).transpose(1, 2).flatten(2)
-    return attention.out_proj(out + attention.v_proj.bias)
+class ImageUpdate(NamedTuple):
+    """How a layer's tokens change the image, at every position by itself.
 
-
-def _add_attended(block: TwoWayBlock, image: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
-    """Update the image from the tokens: softmax over them, values with the output projection folded in.
-
-    ``scores`` is (B, heads, T, N): positions last, so that the softmax over few tokens runs along memory.
+    ``scores`` gives (b, heads, T, n) for (b, n, width) positions of the image, the prompts and the positions these
+    are: positions last, so that the softmax over few tokens runs along memory.
     """
-    attention = block.cross_attn_image_to_token
-    weights = scores.softmax(dim=2).flatten(1, 2)
-    values = _heads(attention.v_proj(tokens), attention)
-    outputs = attention.out_proj.weight.unflatten(1, (attention.heads, -1)).permute(1, 2, 0)
-    folded = (values @ outputs).flatten(1, 2)
-    image = image + attention.out_proj.bias
-    updated = torch.baddbmm(image.expand(len(folded), -1, -1), weights.transpose(1, 2), folded)
-    return block.norm4(updated)
+
+    scores: Callable[[Tensor, slice, slice], Tensor]
+    values: Tensor  # (B, heads * T, width), output projection folded in
+    norm: Norm
+
+    def __call__(self, image: Tensor, prompts: slice, cells: slice) -> Tensor:
+        """The image attends to the tokens; residual and norm."""
+        weights = self.scores(image, prompts, cells).softmax(dim=2).flatten(1, 2)
+        added = torch.baddbmm(image, weights.transpose(1, 2), self.values[prompts])
+        weight, bias, eps = self.norm
+        return F.layer_norm(added, weight.shape, weight, bias, eps)
+
+
+def _tiles(image: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Prompts of (B, N, width), and the positions to work on at once: what a CPU's cache holds, else all."""
+    batch, positions, _ = image.shape
+    on_cpu = image.device.type == "cpu"
+    prompts_at_once, step = (1, CPU_POSITIONS) if on_cpu else (batch, positions)
+    tiles = [slice(start, start + step) for start in range(0, positions, step)]
+    for prompt in range(0, batch, prompts_at_once):
+        yield slice(prompt, prompt + prompts_at_once), tiles
+
+
+def _scaled_heads(projection: nn.Linear, x: Tensor, attention: Attention) -> Tensor:
+    """Project (B, T, width), split by head, and scale as attention's scores are: (B, heads, T, inner / heads)."""
+    return _heads(projection(x), attention) * (len(projection.weight) / attention.heads) ** -0.5
 
 
 def _fold(split: Tensor, projection: Tensor) -> Tensor:

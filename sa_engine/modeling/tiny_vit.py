@@ -16,6 +16,8 @@ HEADS = (2, 4, 5, 10)
 WINDOWS = (7, 7, 14, 7)
 # MobileSAM keeps the last merge at stride 1, so that 1024 pixels end as a 64x64 embedding.
 MERGE_STRIDES = (2, 2, 1)
+# 32 rows of 256 positions with 256 channels are 8 MB.
+CPU_STRIP_ROWS = 32
 
 
 class TinyViT(nn.Module):
@@ -40,7 +42,8 @@ class TinyViT(nn.Module):
         self.neck = neck(WIDTHS[-1], EMBEDDING_CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
+        # Attention works on (B, H, W, C): with channels last, going there and back copies nothing.
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         for layer in self.layers:
             x = layer(x)
         return self.neck(x)
@@ -56,6 +59,15 @@ class ConvBN(nn.Sequential):
         padding = kernel // 2
         self.c = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve; outside of training the batch norm is folded into the weights, a pass over memory less."""
+        mean, variance = self.bn.running_mean, self.bn.running_var
+        if self.bn.training or mean is None or variance is None:
+            return self.bn(self.c(x))
+        scale = self.bn.weight * torch.rsqrt(variance + self.bn.eps)
+        weight, bias = self.c.weight * scale[:, None, None, None], self.bn.bias - mean * scale
+        return F.conv2d(x, weight, bias, self.c.stride, self.c.padding, groups=self.c.groups)
 
 
 class PatchEmbed(nn.Module):
@@ -105,8 +117,20 @@ class MBConv(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.gelu(self.conv2(F.gelu(self.conv1(x))))
-        return F.gelu(x + self.drop_path(self.conv3(inner)))
+        if self.training or x.device.type != "cpu":
+            return self._forward(x, slice(None))
+        # Strip by strip, so that the widened activations stay in cache; the convolution sees a row around each.
+        height, strips = x.shape[2], []
+        for top in range(0, height, CPU_STRIP_ROWS):
+            first = max(0, top - 1)
+            rows = slice(top - first, min(top + CPU_STRIP_ROWS, height) - first)
+            strips.append(self._forward(x[:, :, first : top + CPU_STRIP_ROWS + 1], rows))
+        return torch.cat(strips, dim=2)
+
+    def _forward(self, x: Tensor, rows: slice) -> Tensor:
+        """The ``rows`` of x that have their neighbours in x, or the image's border, around them."""
+        inner = F.gelu(self.conv2(F.gelu(self.conv1(x)))[:, :, rows])
+        return F.gelu(x[:, :, rows] + self.drop_path(self.conv3(inner)))
 
 
 class PatchMerging(nn.Module):
@@ -175,7 +199,8 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch, tokens, self.heads, 3, width // self.heads)
         query, key, value = qkv.permute(3, 0, 2, 1, 4)
-        bias = self.attention_biases[:, self.attention_bias_idxs]
+        # With its batch dimension, which the fast kernels ask for.
+        bias = self.attention_biases[None, :, self.attention_bias_idxs]
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
