@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow parity lint format clean
+.PHONY: help install demo test test-slow parity bench lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
 
 parity: $(VENV)/.installed-dev ## Compare with the reference implementations at full size
 	$(BIN)/python -m pytest -m "parity_full" --timeout 0 $(ARGS)
+
+bench: $(VENV)/.installed-dev ## Time us against the reference (PHOTO=file ARGS="--case paper")
+	@photo="$(PHOTO)"; data=$$($(BIN)/python -c 'import os, skimage; print(os.path.dirname(skimage.__file__))')/data; \
+	  $(BIN)/python benchmarks/speed.py "$${photo:-$$data/hubble_deep_field.jpg}" $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check .
