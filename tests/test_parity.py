@@ -139,7 +139,7 @@ def random_vit_b() -> tuple[Sam, torch.nn.Module]:
     return ours, reference.eval()
 
 
-def compare_vit_b(points_per_side: int, least_masks: int) -> None:
+def assert_vit_b_equal(points_per_side: int, least_masks: int) -> None:
     """Thresholds lowered and NMS off: random masks all cover the image's box."""
     ours, model = random_vit_b()
     config = replace(
@@ -157,12 +157,12 @@ def compare_vit_b(points_per_side: int, least_masks: int) -> None:
 
 
 def test_vit_b_small() -> None:
-    compare_vit_b(points_per_side=3, least_masks=8)
+    assert_vit_b_equal(points_per_side=3, least_masks=8)
 
 
 @pytest.mark.parity_full
 def test_vit_b_full() -> None:
-    compare_vit_b(points_per_side=16, least_masks=200)
+    assert_vit_b_equal(points_per_side=16, least_masks=200)
 
 
 @pytest.mark.parity_full

@@ -50,20 +50,18 @@ class FoldedDecoder:
     Args:
         decoder: the decoder, on its device, in eval mode.
         image_pe: (1, width, h, w) positional encoding of the image embedding's cells.
-        dtype: arithmetic of the image side, which is nearly all of it; tokens stay in the decoder's own.
     """
 
-    def __init__(
-        self, decoder: MaskDecoder, image_pe: Tensor, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, decoder: MaskDecoder, image_pe: Tensor) -> None:
         self.decoder = decoder
-        self.dtype = dtype
-        self.image_pe = image_pe.flatten(2).transpose(1, 2).to(dtype).contiguous()
+        # What autocast computes in a lower precision is kept in this one.
+        self.dtype = image_pe.dtype
+        self.image_pe = image_pe.flatten(2).transpose(1, 2).contiguous()
         self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         first, norm, _, second, _ = decoder.output_upscaling
         assert isinstance(norm, LayerNorm2d)
-        self.upscaling = [part.to(dtype) for part in (*_as_linear(first), *_as_linear(second))]
-        self.upscaling_norm = (norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
+        self.upscaling = (*_as_linear(first), *_as_linear(second))
+        self.upscaling_norm = (norm.weight, norm.bias, norm.eps)
 
     def share(self, image: Tensor, dense: Tensor) -> SharedImage:
         """Project the image for the first layer.
@@ -116,7 +114,7 @@ class FoldedDecoder:
         return self.decoder.predict_iou(attended)
 
     def predict_masks(self, attended: Attended, wanted: slice = slice(None)) -> Tensor:
-        """Low-resolution logits (B, M, 256, 256) of the ``wanted`` mask tokens, in the image side's dtype."""
+        """Low-resolution logits (B, M, 256, 256) of the ``wanted`` mask tokens."""
         image = attended.image
         batch, positions, _ = image.shape
         side = round(positions**0.5)
@@ -181,8 +179,8 @@ class FoldedDecoder:
         folded = values @ outputs + attention.out_proj.bias / attention.heads
         norm = block.norm4
         return folded.flatten(1, 2).to(self.dtype), (
-            norm.weight.to(self.dtype),
-            norm.bias.to(self.dtype),
+            norm.weight,
+            norm.bias,
             norm.eps,
         )
 
