@@ -101,7 +101,7 @@ def compare(
         for side in sides:
             command = [sys.executable, __file__, photo, "--case", case, "--child", side]
             output = subprocess.run(
-                [*command, "--threads", str(threads)], check=True, capture_output=True, text=True
+                [*command, "--threads", str(threads)], check=True, stdout=subprocess.PIPE, text=True
             )
             one = json.loads(output.stdout.splitlines()[-1])
             found[side].append(one)
@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the result as a line of JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not Path(args.photo).is_file():
+        parser.error(f"{args.photo} is not a file: expected a photo")
     torch.set_num_threads(args.threads)
     if args.child:
         print(json.dumps(measure(args.child, args.case, args.photo)))
