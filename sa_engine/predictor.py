@@ -49,6 +49,8 @@ class Predictor:
         self.precision = precision
         with torch.inference_mode():
             positions = sam.prompt_encoder.dense_positions()
+            if precision == "bf16":
+                positions = positions.bfloat16()
             self.decoder = FoldedDecoder(sam.mask_decoder, positions)
             self.no_mask = sam.prompt_encoder.no_mask()
 
@@ -80,7 +82,7 @@ class Predictor:
             FloatingPointError: the embedding is not finite, so every mask would silently be missing.
         """
         with self.inference():
-            images = [torch.from_numpy(p).to(self.sam.device).permute(2, 0, 1) for p in pixels]
+            images = [self._to_device(torch.from_numpy(p)).permute(2, 0, 1) for p in pixels]
             batch = torch.stack([self.sam.preprocess(image) for image in images])
             features = self.sam.image_encoder(batch).float()
             if not features.isfinite().all():
@@ -171,10 +173,16 @@ class Predictor:
             low_size, image_size, embedding.input_size, embedding.size, self.sam.device
         )
 
+    def _to_device(self, values: Tensor) -> Tensor:
+        """Copy to the model's device; to a GPU without waiting for it."""
+        if self.sam.device.type == "cuda" and values.device.type == "cpu":
+            values = values.pin_memory()
+        return values.to(self.sam.device, non_blocking=True)
+
     def _to_tensor(self, values: Prompt | None) -> Tensor | None:
         if values is None:
             return None
-        return torch.as_tensor(values).to(self.sam.device, torch.float32)
+        return self._to_device(torch.as_tensor(values, dtype=torch.float32))
 
     def _to_input(self, coordinates: Prompt | None, embedding: Embedding) -> Tensor | None:
         """Points (B, N, 2) or boxes (B, 4) from pixels of the image to pixels of the model input."""

@@ -118,7 +118,7 @@ class Upsampler:
             dim=1,
         )
         outer = (above[1] > 0) & (ends > extents[mask]).any(dim=1)
-        self._extend(values[..., outer] > 0, cells[outer], extents)
+        self._extend(values[..., outer], cells[outer], extents)
 
     def _values(self, logits: Tensor, cells: Tensor) -> Tensor:
         """Upsampled logits (P, Q, K) of cells, (K, 3) of mask, row and column; NaN beyond a cell's pixels.
@@ -137,12 +137,14 @@ class Upsampler:
         columns = [_sum_products(down, [near[i][j] for i in range(TAPS)]) for j in range(TAPS)]
         return _sum_products([part[:, None] for part in columns], across)
 
-    def _extend(self, inside: Tensor, cells: Tensor, extents: Tensor) -> None:
-        """Grow extents (N, 4), in place, by the pixels of cells, (P, Q, K) bool, each with at least one."""
+    def _extend(self, values: Tensor, cells: Tensor, extents: Tensor) -> None:
+        """Grow extents (N, 4), in place, by the pixels above 0 of cells, (P, Q, K), each with at least one."""
         mask, row, column = cells.unbind(dim=1)
-        y0, y1 = _first_and_last(inside.any(dim=1).T, self.rows.first[row])
-        x0, x1 = _first_and_last(inside.any(dim=0).T, self.columns.first[column])
-        ends = torch.stack([-x0, -y0, x1, y1], dim=1)
+        inside = torch.gt(values, 0, out=torch.empty_like(values))
+        top, bottom = _first_and_last(inside.amax(dim=1))
+        left, right = _first_and_last(inside.amax(dim=0))
+        x, y = self.columns.first[column], self.rows.first[row]
+        ends = torch.stack([-(x + left), -(y + top), x + right, y + bottom], dim=1)
         extents.scatter_reduce_(0, mask[:, None].expand(-1, 4), ends, "amax")
 
 
@@ -229,7 +231,10 @@ def _extents_inside(inside: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return torch.stack([x0, y0, x1, y1], dim=1)
 
 
-def _first_and_last(present: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last set pixel of (K, P) bool, each row of which begins at pixel ``first``."""
-    bits = present.byte()
-    return first + bits.argmax(dim=1), first + bits.shape[1] - 1 - bits.flip(1).argmax(dim=1)
+def _first_and_last(present: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last set row of every column: (P, K) float32, 1 where set -> two of (K,) int64."""
+    count = len(present)
+    order = torch.arange(count, dtype=present.dtype, device=present.device)[:, None]
+    first = count - (present * (count - order)).amax(dim=0)
+    last = (present * (order + 1)).amax(dim=0) - 1
+    return first.long(), last.long()

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sa_engine.modeling.folded import FoldedDecoder
+from sa_engine.modeling.layers import DropPath
 from sa_engine.modeling.sam import (
     CheckpointError,
     Sam,
@@ -209,6 +210,18 @@ def test_training_drops_and_learns() -> None:
     unused = ("image_encoder.head", "image_encoder.norm_head", "prompt_encoder.mask_downscaling")
     other_prompts = ("prompt_encoder.point_embeddings", "mask_decoder.output_hypernetworks_mlps.0")
     assert all(name.startswith(unused + other_prompts) for name in without), without
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
+    torch.manual_seed(0)
+    drop = DropPath(0.25)
+    x = torch.ones(8000, 3, 2)
+    out = drop.train()(x)
+    kept = out.flatten(1)
+    assert torch.equal(kept.amin(dim=1), kept.amax(dim=1))
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert float(out.mean()) == pytest.approx(1, abs=0.02)
+    assert drop.eval()(x) is x
 
 
 def test_bf16_stays_near_fp32(tiny: tuple[Sam, nn.Module]) -> None:

@@ -24,6 +24,8 @@ from sa_engine.modeling.mask_decoder import Attended, MaskDecoder
 from sa_engine.modeling.transformer import Attention, TwoWayBlock
 
 PIXELS = 16  # 4x4 pixels of the low-resolution logits come from every position
+# Numbers as wide as two logits.
+PAIRS = {torch.float32: torch.int64, torch.bfloat16: torch.int32}
 # Positions worked on at once on a CPU: 1 MB of 256 channels, what a core's second-level cache holds.
 CPU_POSITIONS = 1024
 
@@ -41,7 +43,7 @@ class SharedImage:
     image: Tensor  # (B, N, width)
     keys: Tensor  # (B, heads, N, inner / heads)
     values: Tensor  # (B, heads, N, inner / heads)
-    queries: Tensor  # (B, heads, N, inner / heads)
+    queries: Tensor  # (B, heads, inner / heads, N)
 
 
 class FoldedDecoder:
@@ -78,7 +80,7 @@ class FoldedDecoder:
             source.to(self.dtype),
             _heads(to_image.k_proj(key), to_image).contiguous(),
             _heads(to_image.v_proj(source), to_image).contiguous(),
-            _heads(to_tokens.q_proj(key), to_tokens).to(self.dtype).contiguous(),
+            _heads(to_tokens.q_proj(key), to_tokens).to(self.dtype).transpose(2, 3).contiguous(),
         )
 
     def attend(self, shared: SharedImage, prompt_tokens: Tensor) -> Attended:
@@ -126,19 +128,25 @@ class FoldedDecoder:
         for prompts, tiles in _tiles(image):
             for cells in tiles:
                 upscaled = self._upscale(image[prompts, cells])
-                products = weights[prompts] @ upscaled.transpose(1, 2)
+                products = _product(weights[prompts], upscaled.transpose(1, 2))
                 logits[prompts, :, cells] = products.unflatten(2, (-1, PIXELS))
-        # Every position became 4x4 pixels in two 2x2 steps: back to rows and columns.
-        pixels = logits.reshape(batch, len(chosen), side, side, 2, 2, 2, 2)
-        return pixels.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, -1, 4 * side, 4 * side)
+        # Every position became 4x4 pixels in two 2x2 steps: back to rows and columns, neighbours moving as one number.
+        pairs = logits.view(PAIRS[logits.dtype]).reshape(batch, len(chosen), side, side, 2, 2, 2)
+        pixels = pairs.permute(0, 1, 2, 4, 6, 3, 5).contiguous().view(logits.dtype)
+        return pixels.reshape(batch, len(chosen), 4 * side, 4 * side)
 
     def _first_tokens(self, block: TwoWayBlock, shared: SharedImage, token_pe: Tensor) -> Tensor:
         """Tokens (B, T, width) after the first layer, in which they are their own encoding."""
         tokens = block.norm1(block.self_attn(token_pe, token_pe, token_pe))
         attention = block.cross_attn_token_to_image
-        query = _heads(attention.q_proj(tokens + token_pe), attention)
-        attended = F.scaled_dot_product_attention(query, shared.keys, shared.values)
-        tokens = block.norm2(tokens + attention.out_proj(attended.transpose(1, 2).flatten(2)))
+        query = attention.q_proj(tokens + token_pe)
+        # Prompts without a mask see the same image: their tokens attend to it as if they were one prompt's.
+        together = query.view(len(shared.keys), -1, query.shape[2])
+        attended = F.scaled_dot_product_attention(
+            _heads(together, attention), shared.keys, shared.values
+        )
+        attended = attended.transpose(1, 2).reshape(query.shape)
+        tokens = block.norm2(tokens + attention.out_proj(attended))
         return block.norm3(tokens + block.mlp(tokens))
 
     def _first_update(
@@ -150,7 +158,7 @@ class FoldedDecoder:
         queries = shared.queries.expand(len(key), -1, -1, -1)
 
         def scores(image: Tensor, prompts: slice, cells: slice) -> Tensor:
-            return key[prompts] @ queries[prompts, :, cells].transpose(2, 3)
+            return key[prompts] @ queries[prompts, :, :, cells]
 
         return ImageUpdate(scores, *self._update_parts(block, tokens))
 
@@ -165,7 +173,7 @@ class FoldedDecoder:
 
         def scores(image: Tensor, prompts: slice, cells: slice) -> Tensor:
             image_key = image + self.image_pe[:, cells]
-            products = folded[prompts] @ image_key.transpose(1, 2)
+            products = _product(folded[prompts], image_key.transpose(1, 2))
             return products.add_(bias[prompts]).unflatten(1, heads)
 
         return ImageUpdate(scores, *self._update_parts(block, tokens))
@@ -213,7 +221,7 @@ class FoldedDecoder:
                 after = update(before[prompts, cells], prompts, cells)
                 image[prompts, cells] = after
                 image_key = after + self.image_pe[:, cells]
-                scores[prompts, :, cells] = folded[prompts] @ image_key.transpose(1, 2)
+                scores[prompts, :, cells] = _product(folded[prompts], image_key.transpose(1, 2))
             gathered[prompts] = scores[prompts].softmax(dim=-1) @ image[prompts]
         # (heads, inner / heads, width)
         projections = attention.v_proj.weight.unflatten(0, (attention.heads, -1))
@@ -258,6 +266,14 @@ def _tiles(image: Tensor) -> Iterator[tuple[slice, list[slice]]]:
     tiles = [slice(start, start + step) for start in range(0, positions, step)]
     for prompt in range(0, batch, prompts_at_once):
         yield slice(prompt, prompt + prompts_at_once), tiles
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product (B, m, k) by (B, k, n).
+
+    For B of 1 as a plain product: the batched one of bf16 takes twice as long on a CPU when ``right`` is transposed.
+    """
+    return (left[0] @ right[0])[None] if len(left) == 1 else left @ right
 
 
 def _scaled_heads(projection: nn.Linear, x: Tensor, attention: Attention) -> Tensor:

@@ -3,10 +3,11 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
-from sa_engine.modeling.layers import MLPBlock, drop_path_rates, neck
+from sa_engine.modeling.layers import DropPath, MLPBlock, drop_path_rates, neck
 
+# Relative-position bias computed at once: that of one head of one image of 64x64 positions.
+BIAS_NUMBERS = 64**4
 EMBEDDING_CHANNELS = 256
 
 
@@ -76,7 +77,7 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, window or grid)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLPBlock(width, 4 * width)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         attended = self.norm1(x)
@@ -110,8 +111,14 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, 3, self.heads, channels // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        bias = self.relative_bias(query, height, width)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        # The bias of all heads at once would be 800 MB in ViT-B's global attention: as many heads as fit.
+        some = max(1, BIAS_NUMBERS // (batch * (height * width) ** 2))
+        split = zip(*(part.split(some, dim=1) for part in (query, key, value)), strict=True)
+        attended = [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=self.relative_bias(q, height, width))
+            for q, k, v in split
+        ]
+        out = torch.cat(attended, dim=1)
         return self.proj(out.transpose(1, 2).reshape(batch, height, width, channels))
 
     def relative_bias(self, query: Tensor, height: int, width: int) -> Tensor:

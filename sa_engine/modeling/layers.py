@@ -32,6 +32,23 @@ class MLPBlock(nn.Module):
         return self.lin2(self.act(self.lin1(x)))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: while training, a sample's (B, ...) branch is dropped whole at this rate, else scaled up.
+
+    Our own, because importing torchvision costs every worker 165 MB.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * kept / (1 - self.rate)
+
+
 def neck(in_channels: int, out_channels: int) -> nn.Sequential:
     """The encoders' neck (paper §A): 1x1 then 3x3 convolution to 256 channels, a layer norm after each."""
     return nn.Sequential(

@@ -5,10 +5,9 @@ from itertools import islice, product
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from sa_engine.modeling.image_encoder import EMBEDDING_CHANNELS, join_windows, split_windows
-from sa_engine.modeling.layers import drop_path_rates, neck
+from sa_engine.modeling.layers import DropPath, drop_path_rates, neck
 
 WIDTHS = (64, 128, 160, 320)
 DEPTHS = (2, 2, 6, 2)
@@ -114,7 +113,7 @@ class MBConv(nn.Module):
         self.conv1 = ConvBN(width, hidden)
         self.conv2 = ConvBN(hidden, hidden, 3, groups=hidden)
         self.conv3 = ConvBN(hidden, width)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or x.device.type != "cpu":
@@ -155,7 +154,7 @@ class TinyViTBlock(nn.Module):
         self.attn = Attention(width, heads, window)
         self.local_conv = ConvBN(width, width, 3, groups=width)
         self.mlp = Mlp(width)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
