@@ -4,7 +4,7 @@
 
 Cases: ``grid`` (vit_t, 32x32 points, no crops), ``paper`` (vit_t, 21 crops, clean-up), ``vit_b`` (random weights,
 32x32, thresholds lowered); with ``-bf16``, our bf16 run against our fp32 one. Prints wall time, CPU time, peak memory
-and matched masks; the ratio is the result.
+and matched masks; the ratio is the result. Then where our time went, and how far the decoder is from its floor.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from parts import Stopwatch, arithmetic, matrix_rate, table  # noqa: E402
 
 from sa_engine.config import AutoConfig, load_config  # noqa: E402
 from sa_engine.generator import MaskGenerator  # noqa: E402
@@ -45,24 +47,14 @@ CASES = {
         REFERENCE, pred_iou_thresh=0.05, stability_score_thresh=0.3, box_nms_thresh=1.0
     ),
 }
-GEMM_SIDE = 2048
-
-
-def matrix_rate(dtype: torch.dtype) -> float:
-    """This machine's GFLOP/s in large matrix products, with the threads that are set."""
-    a = torch.randn(GEMM_SIDE, GEMM_SIDE).to(dtype)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * GEMM_SIDE**3 / min(seconds) / 1e9
 
 
 def measure(side: str, case: str, photo: str) -> dict[str, Any]:
     """Generate one photo's masks in this process and say what it cost; the model is loaded beforehand."""
     image = decode_image(Path(photo).read_bytes())
     config = CASES[case]
+    stopwatch = Stopwatch()
+    predictor = None
     if case == "vit_b":
         from test_parity import random_vit_b
     if side == "reference":
@@ -81,19 +73,25 @@ def measure(side: str, case: str, photo: str) -> dict[str, Any]:
             run = lambda: reference_masks(model, image, **options)  # noqa: E731
     else:
         sam = random_vit_b()[0] if case == "vit_b" else load_sam(resolve("vit_t"))
-        ours = MaskGenerator(Predictor(sam, "bf16" if side == "bf16" else "fp32"), config)
+        predictor = Predictor(sam, "bf16" if side == "bf16" else "fp32")
+        ours = MaskGenerator(predictor, config)
         run = lambda: [asdict(m) for m in ours.generate(image)]  # noqa: E731
     wall, cpu = time.perf_counter(), time.process_time()
-    masks = run()
+    with stopwatch.watching():
+        masks = run()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"side": side, "wall": wall, "cpu": cpu, "peak_mb": peak, "masks": masks}
+    result = {"side": side, "wall": wall, "cpu": cpu, "peak_mb": peak, "masks": masks}
+    if predictor is not None:
+        gflop = arithmetic(predictor)
+        result |= {"seconds": stopwatch.seconds, "units": stopwatch.units, "gflop": gflop}
+    return result
 
 
 def compare(
-    case: str, sides: tuple[str, str], photo: str, runs: int, threads: int
+    case: str, sides: tuple[str, str], photo: str, runs: int, threads: int, rates: dict[str, float]
 ) -> dict[str, Any]:
-    """Alternate the two sides; medians, ratios and matched masks."""
+    """Alternate the two sides; medians, ratios, matched masks, and the parts of the last run of ours."""
     from parity.matching import match
 
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -125,7 +123,10 @@ def compare(
         f"{ratios['cpu']:.1f} times less CPU, {ratios['peak_mb']:.1f} times less memory; {matched}",
         flush=True,
     )
-    return {"case": case, "sides": sides, "medians": medians, "ratios": ratios}
+    last = new[-1]
+    print(table(last, rates["bf16" if sides[1] == "bf16" else "fp32"]), flush=True)
+    parts = {key: last[key] for key in ("seconds", "units", "gflop")}
+    return {"case": case, "sides": sides, "medians": medians, "ratios": ratios, "parts": parts}
 
 
 def main() -> None:
@@ -143,11 +144,11 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.child, args.case, args.photo)))
         return
-    rates = {str(d): matrix_rate(d) for d in (torch.float32, torch.bfloat16)}
+    rates = {"fp32": matrix_rate(torch.float32), "bf16": matrix_rate(torch.bfloat16)}
     print(f"{args.threads} threads, " + ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in rates.items()))
     case, bf16 = args.case.removesuffix("-bf16"), args.case.endswith("-bf16")
     sides = ("ours", "bf16") if bf16 else ("reference", "ours")
-    result = compare(case, sides, args.photo, args.runs, args.threads)
+    result = compare(case, sides, args.photo, args.runs, args.threads, rates)
     if args.out:
         with args.out.open("a") as file:
             file.write(json.dumps({**result, "rates": rates}) + "\n")
