@@ -156,7 +156,10 @@ class AutoConfig(MaskConfig, RunConfig):
     checkpoint: str = option("vit_t", help="Model name or checkpoint file.")
     device: str = option("auto", help="auto, cpu, cuda, cuda:N or mps.")
     precision: Literal["fp32", "bf16"] = option(
-        "fp32", identity=True, help="Arithmetic of the model; bf16 is faster on GPUs, not exact."
+        "fp32", identity=True, help="Arithmetic of the model; bf16 is faster, not exact."
+    )
+    compile: bool = option(
+        False, identity=True, help="Compile the image encoder; on a CPU this needs a C++ compiler."
     )
 
     def __post_init__(self) -> None:

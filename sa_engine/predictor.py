@@ -1,6 +1,8 @@
 """Embed an image once, prompt it many times."""
 
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sa_engine.errors import SaEngineError
 from sa_engine.images import resize_image
 from sa_engine.modeling.folded import FoldedDecoder, SharedImage
 from sa_engine.modeling.mask_decoder import Attended
@@ -42,11 +45,19 @@ class Predictor:
     Args:
         sam: the model, on the device to be used; its weights must not change afterwards.
         precision: ``fp32``, or ``bf16`` for autocast arithmetic (not exact).
+        compile: run the image encoder through ``torch.compile``: a minute at the first image, then a little faster.
+
+    Raises:
+        SaEngineError: ``compile`` on a CPU without a C++ compiler.
     """
 
-    def __init__(self, sam: Sam, precision: str = "fp32") -> None:
+    def __init__(self, sam: Sam, precision: str = "fp32", compile: bool = False) -> None:
         self.sam = sam.eval()
         self.precision = precision
+        self.encoder: Callable[[Tensor], Tensor] = sam.image_encoder
+        if compile:
+            _check_compiler(sam.device)
+            self.encoder = torch.compile(sam.image_encoder)
         with torch.inference_mode():
             positions = sam.prompt_encoder.dense_positions()
             if precision == "bf16":
@@ -84,7 +95,7 @@ class Predictor:
         with self.inference():
             images = [self._to_device(torch.from_numpy(p)).permute(2, 0, 1) for p in pixels]
             batch = torch.stack([self.sam.preprocess(image) for image in images])
-            features = self.sam.image_encoder(batch).float()
+            features = self.encoder(batch).float()
             if not features.isfinite().all():
                 raise FloatingPointError(
                     f"the image encoder gave values that are not finite in {self.precision}: "
@@ -192,3 +203,13 @@ class Predictor:
         (height, width), (input_height, input_width) = embedding.size, embedding.input_size
         scale = torch.tensor([input_width / width, input_height / height], device=tensor.device)
         return (tensor.unflatten(-1, (-1, 2)) * scale).reshape(tensor.shape)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raise SaEngineError where every image would fail, one by one, for want of a compiler."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+        raise SaEngineError(
+            "compile = true needs a C++ compiler on a CPU, and none of "
+            f"{', '.join(compilers)} is there: install g++, or leave compile out"
+        )

@@ -88,7 +88,8 @@ class AutoWorker:
         from sa_engine.modeling.sam import select_device
         from sa_engine.predictor import Predictor
 
-        predictor = Predictor(sam.to(select_device(config.device)), config.precision)
+        sam = sam.to(select_device(config.device))
+        predictor = Predictor(sam, config.precision, config.compile)
         self.generator = MaskGenerator(predictor, config)
         self.fingerprint = fingerprint
         self.config = config

@@ -173,7 +173,7 @@ def test_identity_covers_what_changes_bytes_and_nothing_else() -> None:
     names = set(identity_values(load()))
     masks = {field.name for field in dataclasses.fields(MaskConfig)}
     run = {"shard_size", "formats", "write_images", "jpeg_quality", "threads_per_worker"}
-    assert names == masks | run | {"precision"}
+    assert names == masks | run | {"precision", "compile"}
     assert {field.name for field in dataclasses.fields(RunConfig)} >= run
 
 

@@ -10,6 +10,7 @@ import torch
 from parity.reference import load_reference, photo
 
 from sa_engine import rle
+from sa_engine.errors import SaEngineError
 from sa_engine.images import decode_image
 from sa_engine.modeling.sam import load_sam
 from sa_engine.modeling.weights import resolve
@@ -135,3 +136,20 @@ def test_a_damaged_model_is_no_image_without_masks(image: np.ndarray) -> None:
         sam.image_encoder.neck[0].weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         Predictor(sam).embed(image)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_embeds_the_same(
+    predictor: Predictor, embedding: Embedding, image: np.ndarray
+) -> None:
+    compiled = Predictor(predictor.sam, compile=True).embed(image)
+    assert (compiled.features - embedding.features).abs().max() < 1e-4
+
+
+def test_compiling_without_a_compiler_is_refused_at_once(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SaEngineError, match="g\\+\\+"):
+        Predictor(predictor.sam, compile=True)
