@@ -73,7 +73,6 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for row, key, label in ((0, "seconds", "seconds"), (1, "peak_mb", "peak memory, MB")):
             cell = rows[row, column]
             cell.plot(x, [point[key] for point in found[title]], "o-")
-            cell.set_ylim(bottom=0)
             cell.set_xlim(left=0)
             cell.grid(alpha=0.3)
             if column == 0:
@@ -85,6 +84,10 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         )
         rows[0, column].set_title(f"{axis} ({fixed})", fontsize=10)
         rows[1, column].set_xlabel(axis)
+    for (
+        row
+    ) in rows:  # after all columns: they share the axis, and setting one limit fixes the other
+        row[0].set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     print(f"the plot: {path}")
