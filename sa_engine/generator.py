@@ -171,17 +171,19 @@ class MaskGenerator:
             logits = decoder.predict_masks(attended, slice(1, None)).float()[wanted[prompts]]
         upsampler = predictor.upsampler(embedding)
         seen = upsampler.measure(logits, self.config.stability_score_offset)
-        scores = predicted_iou[wanted].tolist()
-        rows = wanted.nonzero()[:, 0].tolist()
+        kept = self._passes(seen, crop, height, width).nonzero()[:, 0]
+        # To the host all at once: a GPU is waited for once a batch, not once a mask.
+        measured = [seen.boxes[kept], seen.stability[kept], predicted_iou[wanted][kept]]
+        rows = wanted.nonzero()[:, 0][kept].tolist()
         x0, y0, _, _ = crop.box
         candidates = []
-        for i in self._passes(seen, crop, height, width).nonzero()[:, 0].tolist():
-            left, top, right, bottom = seen.boxes[i].tolist()
-            box = (left, top, right, bottom)
-            x, y = points[rows[i]]
+        for i, row, box, stability, score in zip(
+            kept.tolist(), rows, *(values.tolist() for values in measured), strict=True
+        ):
+            x, y = points[row]
             part = logits[i][upsampler.window(box)].clone()
             point = (float(x + x0), float(y + y0))
-            candidates.append(Candidate(box, part, scores[i], float(seen.stability[i]), point))
+            candidates.append(Candidate(tuple(box), part, score, stability, point))
         return candidates
 
     def _passes_iou(self, predicted_iou: Tensor) -> Tensor:

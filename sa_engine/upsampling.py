@@ -31,6 +31,7 @@ class Axis(NamedTuple):
     """The map along one axis: 256 logits to n pixels, pixels grouped into C cells of at most P pixels."""
 
     matrix: Tensor  # (n, 256) float32: the whole map
+    taps: Sequence[slice]  # the n pixels' logits, on the host so that no GPU is waited for
     base: Tensor  # (C,) int64: first of the TAPS logits that the cell's pixels depend on
     first: Tensor  # (C,) int64: the cell's first pixel
     length: Tensor  # (C,) int64: its pixels
@@ -63,10 +64,11 @@ class Upsampler:
         self.cells_at_once = CELLS_AT_ONCE.get(device.type, DEFAULT_CELLS_AT_ONCE)
         self.pixels = self.rows.length[:, None] * self.columns.length[None, :]
 
-    def window(self, box: tuple[int, int, int, int]) -> tuple[slice, slice]:
+    def window(self, box: Sequence[int]) -> tuple[slice, slice]:
         """Rows and columns of the logits that the pixels of an XYXY box (inclusive) depend on."""
         x0, y0, x1, y1 = box
-        return _taps(self.rows, y0, y1), _taps(self.columns, x0, x1)
+        rows, columns = self.rows.taps, self.columns.taps
+        return slice(rows[y0].start, rows[y1].stop), slice(columns[x0].start, columns[x1].stop)
 
     def render(self, logits: Tensor, box: tuple[int, int, int, int]) -> Tensor:
         """Pixels inside an XYXY box (inclusive), as (h, w) bool.
@@ -189,8 +191,12 @@ def _axis(low: int, image: int, inner: int, outer: int, device: torch.device) ->
     pixels = (first[:, None] + position).clamp(max=outer - 1)
     taps = matrix.gather(1, base[:, None] + torch.arange(TAPS))
     weights = taps[pixels].masked_fill(outside[..., None], torch.nan).float()
+    used = (matrix != 0).long()
+    ends = low - used.flip(1).argmax(dim=1)
+    spans = [slice(*span) for span in zip(used.argmax(dim=1).tolist(), ends.tolist(), strict=True)]
     parts = (matrix.float(), base[first], first, length, weights.flatten(1).T)
-    return Axis(*(part.contiguous().to(device) for part in parts))
+    map_, *cells = (part.contiguous().to(device) for part in parts)
+    return Axis(map_, spans, *cells)
 
 
 def _bilinear(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,12 +204,6 @@ def _bilinear(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
     position = ((torch.arange(target).double() + 0.5) * (source / target) - 0.5).clamp(min=0)
     lower = position.floor().long().clamp(max=source - 1)
     return lower, (lower + 1).clamp(max=source - 1), position - lower
-
-
-def _taps(axis: Axis, first: int, last: int) -> slice:
-    """The logits that pixels ``first`` to ``last`` depend on."""
-    used = axis.matrix[[first, last]].nonzero()[:, 1]
-    return slice(int(used.min()), int(used.max()) + 1)
 
 
 def _cell_range(logits: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
