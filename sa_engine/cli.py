@@ -1,5 +1,6 @@
 """The command line: each command reads its options, calls one function, and prints its report."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,11 +54,19 @@ def _or_none(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
     return given or None
 
 
+_STARTS = {
+    "extend": "Also plan the images that have come since; none is renumbered.",
+    "retry-failed": "Try failed images again, as their files are now.",
+    "overwrite": "Remove the run that is there, and start over.",
+    "steal-lock": "Take the folder from the run that holds it.",
+}
+
+
 def _run_flags(cls: type[Config]) -> Decorator:
     """The flags of every stage that runs over images."""
     flags = [
-        _flag(cls, "images", metavar="DIR"),
-        _flag(cls, "out", metavar="DIR"),
+        _flag(cls, "images", metavar="DIR|URI"),
+        _flag(cls, "out", metavar="DIR|URI"),
         click.option(
             "--config", "file", type=Path, metavar="FILE", help="YAML file, see configs/."
         ),
@@ -68,7 +77,9 @@ def _run_flags(cls: type[Config]) -> Decorator:
         _flag(cls, "ray_address", metavar="ADDRESS"),
         _flag(cls, "num_workers"),
         _flag(cls, "gpus_per_worker"),
+        _flag(cls, "cpus_per_worker"),
         _flag(cls, "threads_per_worker"),
+        _flag(cls, "wait_for_resources", metavar="SECONDS"),
         _flag(
             cls,
             "formats",
@@ -87,6 +98,7 @@ def _run_flags(cls: type[Config]) -> Decorator:
         ),
         _flag(cls, "max_failed"),
         _flag(cls, "limit"),
+        *(click.option(f"--{name}", is_flag=True, help=text) for name, text in _STARTS.items()),
         click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing."),
         _flag(cls, "verbose", "-v", "--verbose"),
     ]
@@ -104,22 +116,33 @@ def _run_flags(cls: type[Config]) -> Decorator:
 @_flag(AutoConfig, "checkpoint", metavar="NAME|FILE")
 @_flag(AutoConfig, "device", metavar="DEVICE")
 @_flag(AutoConfig, "precision", type=click.Choice(["fp32", "bf16"]))
-def auto(file: Path | None, sets: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
+def auto(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
     """Segment everything in a folder of photos.
 
     This is the paper's fully automatic stage. Run it again with the same options to resume it.
     """
-    config = load_config(AutoConfig, file, sets, flags)
-    from stages import auto as stage
+    _run_stage("auto", AutoConfig, file, sets, flags)
 
+
+def _run_stage(
+    name: str, cls: type[Config], file: Path | None, sets: tuple[str, ...], flags: dict[str, Any]
+) -> None:
+    """Read a stage's options, then run it or say what it would do."""
+    dry_run = flags.pop("dry_run")
+    given = {key: flags.pop(key) for key in (flag.replace("-", "_") for flag in _STARTS)}
+    config = load_config(cls, file, sets, flags)
+    from sa_engine.runner import Start
+
+    stage = importlib.import_module(f"stages.{name}")
+    start = Start(**given)
     if dry_run:
-        click.echo(f"{stage.describe(config)}\n\n{to_yaml(config)}", nl=False)
+        click.echo(f"{stage.describe(config, start)}\n\n{to_yaml(config)}", nl=False)
     else:
-        click.echo(stage.run(config))
+        click.echo(stage.run(config, start))
 
 
 @main.command()
-@click.argument("run", metavar="OUT", type=Path)
+@click.argument("run", metavar="OUT")
 @click.option("--out", "dest", type=Path, required=True, metavar="DIR", help="For the pictures.")
 @click.option("--id", "ids", type=int, multiple=True, help="Image to draw; repeatable.")
 @click.option(
@@ -129,14 +152,15 @@ def auto(file: Path | None, sets: tuple[str, ...], dry_run: bool, **flags: Any) 
     show_default=True,
     help="Images to draw, spread over the run.",
 )
-def show(run: Path, dest: Path, ids: tuple[int, ...], count: int) -> None:
+def show(run: str, dest: Path, ids: tuple[int, ...], count: int) -> None:
     """Draw images of a run beside their masks.
 
     OUT is the run's folder. A contact sheet shows all that were drawn.
     """
     from sa_engine import pictures
+    from sa_engine.storage import location
 
-    *drawn, sheet = pictures.show(run, dest, ids, count)
+    *drawn, sheet = pictures.show(location(run), dest, ids, count)
     click.echo(f"{len(drawn)} pictures in {dest}, all of them on {sheet}")
 
 

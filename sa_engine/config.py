@@ -98,8 +98,8 @@ class MaskConfig(Config):
 class RunConfig(Config):
     """What any stage needs to run over a folder of images."""
 
-    images: str = option(help="Folder of images, searched with its subfolders.")
-    out: str = option(help="Folder for the shards; a run owns its folder.")
+    images: str = option(help="Folder or URI of images, searched with its subfolders.")
+    out: str = option(help="Folder or URI for the shards; a run owns its folder.")
     shard_size: int | None = option(
         None, bounds=(1, None), identity=True, help="Images per shard; default 1/32, at most 128."
     )
@@ -127,6 +127,15 @@ class RunConfig(Config):
     )
     gpus_per_worker: float | None = option(
         None, bounds=(0, None), help="GPUs of a worker; default: 1 where there is one, else 0."
+    )
+    cpus_per_worker: float | None = option(
+        None, bounds=(0, None), help="CPUs that Ray sets aside for a worker; default: its threads."
+    )
+    memory_per_worker: float | None = option(
+        None, bounds=(0, None), help="GB that a worker needs; default: the stage's estimate."
+    )
+    wait_for_resources: float = option(
+        0.0, bounds=(0, None), help="Seconds to wait for a cluster to grow; 0: fail at once."
     )
     max_failed: float = option(
         0.05, bounds=(0, 1), help="Share of images that may fail before the exit code is 3."

@@ -1,20 +1,19 @@
 """The finished images of unfinished shards: what a killed run leaves for its successor.
 
-A finished image is a JSON file, with its picture beside it if pictures are released. It is checked
-when it is read, so writing it need not wait for the disk.
+A finished image is one file: a line of JSON, then its picture if pictures are released. It is
+checked when it is read, so writing it need not wait for the disk.
 """
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sa_engine.records import ImageRecord, RecordError, from_json
-from sa_engine.storage import RunPaths, atomic_write, sweep
+from sa_engine.storage import RunPaths, atomic_write, list_names, sweep
 
+_FINISHED, _FAILED = ".done", ".failed"
 _BREADCRUMBS = "inflight.json"
 
 
@@ -57,58 +56,54 @@ class PartialShard:
 
     def save(self, image_id: int, record: str, jpeg: bytes | None) -> None:
         """Store a finished image: its record as `records.to_json` writes it, and its picture."""
-        if jpeg is not None:
-            atomic_write(self._picture(image_id), jpeg, durable=False)
-        self._write(f"{image_id}.json", {"record": record, "jpeg_sha256": _sha256(jpeg)})
+        head = {"record": record, "jpeg_sha256": _sha256(jpeg)}
+        self._write(f"{image_id}{_FINISHED}", json.dumps(head).encode() + b"\n" + (jpeg or b""))
 
     def fail(self, failure: Failure) -> None:
         """Store an image that ended without a record."""
-        self._write(f"{failure.image_id}.error.json", vars(failure))
+        self._write(f"{failure.image_id}{_FAILED}", json.dumps(vars(failure)).encode())
 
     def load(self, image_id: int) -> Finished | Failure | None:
-        """How an image ended; None if it has not, or if its files are damaged."""
+        """How an image ended; None if it has not, or if its file is damaged."""
         try:
-            failure = self._read(f"{image_id}.error.json")
+            failure = self._read(f"{image_id}{_FAILED}")
             if failure is not None:
-                return Failure(**failure)
-            content = self._read(f"{image_id}.json")
+                return Failure(**json.loads(failure))
+            content = self._read(f"{image_id}{_FINISHED}")
             if content is None:
                 return None
-            jpeg = None
-            if content["jpeg_sha256"] is not None:
-                jpeg = self._picture(image_id).read_bytes()
-            record = from_json(content["record"])
-        except (OSError, ValueError, KeyError, TypeError, RecordError):
+            head, _, picture = content.partition(b"\n")
+            described = json.loads(head)
+            record = from_json(described["record"])
+            jpeg = None if described["jpeg_sha256"] is None else picture
+        except (ValueError, KeyError, TypeError, RecordError):
             return None
-        if _sha256(jpeg) != content["jpeg_sha256"] or record.image_id != image_id:
+        if _sha256(jpeg) != described["jpeg_sha256"] or record.image_id != image_id:
             return None
         return Finished(record, jpeg)
 
-    def count(self) -> int:
-        """Number of images that have ended, unchecked."""
-        names = _list(self.folder)
-        return sum(name.endswith(".json") and name != _BREADCRUMBS for name in names)
+    def ended(self) -> set[int]:
+        """Ids of the images that have ended, unchecked."""
+        names = (name.partition(".") for name in list_names(self.folder))
+        return {int(stem) for stem, dot, suffix in names if dot + suffix in (_FINISHED, _FAILED)}
 
     def remove(self) -> None:
         """Remove the store, after the shard's commit."""
         sweep(self.folder)
 
-    def _picture(self, image_id: int) -> Path:
-        return self.folder / f"{image_id}.jpg"
+    def _write(self, name: str, content: bytes) -> None:
+        atomic_write(self.folder / name, content, durable=False)
 
-    def _write(self, name: str, content: dict) -> None:
-        atomic_write(self.folder / name, json.dumps(content).encode(), durable=False)
-
-    def _read(self, name: str) -> dict | None:
+    def _read(self, name: str) -> bytes | None:
         try:
-            return json.loads((self.folder / name).read_bytes())
+            return (self.folder / name).read_bytes()
         except FileNotFoundError:
             return None
 
 
 def list_begun(paths: RunPaths) -> list[str]:
     """Names of the shards that are begun and not committed."""
-    return _list(paths.partial)
+    return list_names(paths.partial)
 
 
 class Breadcrumbs:
@@ -119,12 +114,15 @@ class Breadcrumbs:
 
     Attributes:
         deaths: how often a worker has died with an image in hand, by key.
+        suspects: keys that a process of an earlier session had in hand when it ended: it may have
+            been killed, or one of them may have crashed it.
     """
 
     def __init__(self, store: PartialShard, session: str) -> None:
         self._path = store.folder / _BREADCRUMBS
         self._session = session
         self.deaths: Counter[str] = Counter()
+        self.suspects: list[str] = []
         try:
             last = json.loads(self._path.read_bytes())
         except (OSError, ValueError):
@@ -132,18 +130,13 @@ class Breadcrumbs:
         if last["session"] == session:
             self.deaths.update(last["deaths"])
             self.deaths.update(last["keys"])
+        else:
+            self.suspects = last["keys"]
 
     def hold(self, keys: Iterable[str]) -> None:
         """Say that these images, and no others, are in hand from now on."""
         content = {"session": self._session, "keys": list(keys), "deaths": self.deaths}
         atomic_write(self._path, json.dumps(content).encode(), durable=False)
-
-
-def _list(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
 
 
 def _sha256(data: bytes | None) -> str | None:

@@ -1,7 +1,6 @@
 """Pictures by which a person judges a run: photos beside their masks, and a contact sheet."""
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 from sa_engine import rle
 from sa_engine.images import decode_image, resize_image
 from sa_engine.plan import read_plan
+from sa_engine.reader import iter_records, read_image
 from sa_engine.records import ImageRecord, MaskRecord
-from sa_engine.shards import ShardStats, iter_records, read_image, read_markers
-from sa_engine.storage import RunError, RunPaths, atomic_write
+from sa_engine.run_dir import read_info
+from sa_engine.shards import ShardStats, read_markers
+from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write, location
 
 _GOLDEN_RATIO = 0.6180339887498949
 _FILL = 0.55  # opacity of a mask's colour over the grey photo
@@ -28,7 +29,7 @@ _COLUMNS = 2
 _LINE = 26  # height of a line of text
 
 
-def show(out: Path, dest: Path, ids: Sequence[int] = (), count: int = 12) -> list[Path]:
+def show(out: AnyPath, dest: Path, ids: Sequence[int] = (), count: int = 12) -> list[Path]:
     """Draw images of a run: each photo beside its masks, and all of them on a contact sheet.
 
     Args:
@@ -44,8 +45,9 @@ def show(out: Path, dest: Path, ids: Sequence[int] = (), count: int = 12) -> lis
         RunError: no run there, nothing finished, an id without masks on disk, or a photo that is
             gone.
     """
-    config = _config(out)
-    markers = list(read_markers(RunPaths(out), read_plan(RunPaths(out).plan)).values())
+    config = read_info(RunPaths(out)).config
+    plan = read_plan(RunPaths(out).plan)
+    markers = list(read_markers(RunPaths(out), range(len(plan))).values())
     records = _choose(out, ids, count, sum(marker.ok for marker in markers))
     paths, pairs = [], []
     for record in records:
@@ -106,19 +108,11 @@ def draw_masks(image: np.ndarray, masks: Sequence[MaskRecord]) -> np.ndarray:
     return drawn
 
 
-def _config(out: Path) -> dict[str, Any]:
-    """The resolved options of the run in `out`."""
-    info = RunPaths(out).info
-    if not info.exists():
-        raise RunError(f"{out} is not the output of a run: there is no {info}")
-    return json.loads(info.read_bytes())["config"]
-
-
-def _released_image(out: Path, config: dict[str, Any], record: ImageRecord) -> np.ndarray:
+def _released_image(out: AnyPath, config: dict[str, Any], record: ImageRecord) -> np.ndarray:
     """The image that a record describes: from its shard, or else made again from the photo."""
     if config["write_images"] and "tar" in config["formats"]:
         return decode_image(read_image(out, record.image_id))
-    photo = Path(config["images"], str(record.source_path))
+    photo = location(config["images"]) / str(record.source_path)
     try:
         data = photo.read_bytes()
     except OSError as error:
@@ -129,7 +123,7 @@ def _released_image(out: Path, config: dict[str, Any], record: ImageRecord) -> n
     return resize_image(decode_image(data), record.height, record.width)
 
 
-def _choose(out: Path, ids: Sequence[int], count: int, total: int) -> list[ImageRecord]:
+def _choose(out: AnyPath, ids: Sequence[int], count: int, total: int) -> list[ImageRecord]:
     """Records by id, or `count` spread evenly over the `total` finished ones."""
     if not total:
         raise RunError(f"{out} has no finished image to show yet")
@@ -166,11 +160,11 @@ def _caption(record: ImageRecord) -> str:
     return f"sa_{record.image_id}   {masks}   {record.source_path or ''}"
 
 
-def _title(out: Path, markers: Sequence[ShardStats]) -> str:
+def _title(out: AnyPath, markers: Sequence[ShardStats]) -> str:
     images, masks = sum(marker.ok for marker in markers), sum(marker.masks for marker in markers)
     failed = sum(marker.failed for marker in markers)
     return (
-        f"{out.resolve().name}:  {images:,} images,  {masks:,} masks,  "
+        f"{out.name}:  {images:,} images,  {masks:,} masks,  "
         f"{masks / images:.1f} masks per image,  {failed:,} failed"
     )
 

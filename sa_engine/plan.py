@@ -1,31 +1,29 @@
-"""The plan of a run: which image is in which shard, decided once before any work."""
+"""The plan of a run: which image is in which shard, decided once before any work.
 
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+It is a Parquet file with one row per image, sorted by shard, and is read a part at a time: a plan
+of ten million images must not fill every worker's memory.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sa_engine.images import IMAGE_SUFFIXES
-from sa_engine.storage import RunError, atomic_write
+from sa_engine.listing import COLUMNS
+from sa_engine.storage import AnyPath, RunError, atomic_write
 
 _DEFAULT_SHARDS = 32
 _LARGEST_DEFAULT_SHARD = 128
-_SCHEMA = pa.schema(
-    [
-        ("shard", pa.int32()),
-        ("image_id", pa.int64()),
-        ("key", pa.string()),
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
-    ]
-)
+_ROW_GROUP = 1 << 16
+_SCHEMA = pa.schema([("shard", pa.int32()), ("image_id", pa.int64()), *COLUMNS])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedImage:
     """One photo as it was when the run was planned.
 
@@ -42,6 +40,11 @@ class PlannedImage:
     mtime_ns: int
 
 
+def shard_name(index: int) -> str:
+    """Stem of a shard's files."""
+    return f"sa_{index:06d}"
+
+
 @dataclass(frozen=True)
 class Shard:
     """The unit of work, of commit and of retry."""
@@ -52,133 +55,155 @@ class Shard:
     @property
     def name(self) -> str:
         """Stem of the shard's files."""
-        return f"sa_{self.index:06d}"
+        return shard_name(self.index)
 
 
-@dataclass(frozen=True)
-class FoundImage:
-    """A file that looks like an image, before it has an id."""
-
-    key: str
-    size: int
-    mtime_ns: int
-
-
-def list_images(root: Path, exclude: Path | None = None) -> tuple[list[FoundImage], dict[str, int]]:
-    """Find the images in a folder and its subfolders.
-
-    Links to folders are followed; a folder that is reached twice is listed once. Hidden files and
-    folders are left out.
+class Plan:
+    """A run's shards, as a sequence; a shard's images are read when it is asked for.
 
     Args:
-        root: the folder.
-        exclude: a folder below it to leave out (the run's own output).
-
-    Returns:
-        The images sorted by key, and how many other entries were left out, by lower-case suffix or
-        reason.
+        source: the content of `plan.parquet`, or the file.
 
     Raises:
-        RunError: no such folder, or no image in it.
+        RunError: it is not a plan.
     """
-    if not root.is_dir():
-        found = "is not a folder" if root.exists() else "does not exist"
-        raise RunError(f"images folder {root} {found}: --images takes a folder of photos")
-    ignored: Counter[str] = Counter()
-    images = []
-    for path in _walk(root, exclude, ignored):
-        key = path.relative_to(root).as_posix()
-        reason = _reason_to_ignore(key)
-        if reason is None:
-            images.append(_found(path, key))
-        else:
-            ignored[reason] += 1
-    if not images:
-        others = sum(ignored.values())
-        raise RunError(
-            f"no image in {root}: {others} other entries; "
-            f"images end with {' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
-    return sorted(images, key=lambda image: image.key), dict(sorted((+ignored).items()))
+
+    def __init__(self, source: bytes | AnyPath) -> None:
+        handle = pa.BufferReader(source) if isinstance(source, bytes) else source.open("rb")
+        try:
+            self._file = pq.ParquetFile(handle)
+            shards = self._file.read(columns=["shard"]).column(0).to_numpy()
+        except (OSError, pa.ArrowException) as error:
+            where = "" if isinstance(source, bytes) else f" {source}"
+            raise RunError(f"cannot read the plan{where}: {error}; use another --out") from None
+        counts = np.bincount(shards) if len(shards) else np.zeros(0, np.int64)
+        self._ends = np.cumsum(counts)
+        groups = self._file.metadata
+        rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+        self._group_ends: list[int] = np.cumsum(rows).tolist()
+        self._cached: tuple[int, pa.Table | None] = (-1, None)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Shard:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = int(self._ends[index - 1]) if index else 0
+        columns = self._rows(start, int(self._ends[index])).to_pydict()
+        names = ("image_id", "key", "size", "mtime_ns")
+        images = zip(*(columns[name] for name in names), strict=True)
+        return Shard(index, tuple(PlannedImage(*image) for image in images))
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return int(self._ends[-1]) if len(self) else 0
+
+    def count(self, indices: Iterable[int]) -> int:
+        """Number of images in some shards."""
+        chosen = np.fromiter(indices, np.int64)
+        starts = np.concatenate([[0], self._ends[:-1]])
+        return int((self._ends[chosen] - starts[chosen]).sum()) if len(chosen) else 0
+
+    def sizes(self, indices: Iterable[int]) -> np.ndarray:
+        """Bytes of the files of some shards' images, -1 where not known: (N,) int64."""
+        chosen = np.zeros(len(self), bool)
+        chosen[np.fromiter(indices, np.int64)] = True
+        columns = self._file.read(columns=["shard", "size"])
+        shards, sizes = (columns.column(name).to_numpy() for name in ("shard", "size"))
+        return sizes[chosen[shards]]
+
+    def select(self, limit: int | None) -> range:
+        """The first shards that together hold at least `limit` images; None: all."""
+        if limit is None:
+            return range(len(self))
+        return range(min(len(self), int(np.searchsorted(self._ends, limit)) + 1))
+
+    def shard_of(self, image_id: int) -> int | None:
+        """The shard that an image is in. Ids are the positions in the plan, from 1."""
+        found = int(np.searchsorted(self._ends, image_id))
+        return found if image_id >= 1 and found < len(self) else None
+
+    def table(self) -> pa.Table:
+        """All rows: shard, image_id, key, size, mtime_ns."""
+        return self._file.read()
+
+    def _rows(self, start: int, end: int) -> pa.Table:
+        """Rows from start to end; consecutive calls read each row group once."""
+        first = bisect.bisect_right(self._group_ends, start)
+        last = bisect.bisect_left(self._group_ends, end)
+        parts = []
+        for group in range(first, last + 1):
+            if self._cached[0] != group:
+                self._cached = (group, self._file.read_row_group(group))
+            table = self._cached[1]
+            assert table is not None
+            offset = self._group_ends[group] - table.num_rows
+            low = max(start - offset, 0)
+            parts.append(table.slice(low, min(end - offset, table.num_rows) - low))
+        return pa.concat_tables(parts)
 
 
-def make_shards(images: Sequence[FoundImage], shard_size: int) -> tuple[Shard, ...]:
-    """Number the images from 1 in their order and cut them into shards of `shard_size`."""
-    planned = [
-        PlannedImage(image_id, image.key, image.size, image.mtime_ns)
-        for image_id, image in enumerate(images, start=1)
+def make_plan(found: pa.Table, shard_size: int, before: "Plan | None" = None) -> bytes:
+    """Number images in their order, cut them into shards of `shard_size`; a plan file's content.
+
+    Args:
+        found: as from `listing.list_images`.
+        shard_size: images per shard; the last may have fewer.
+        before: a plan to go on from: its rows stay, new ids and shards follow them.
+    """
+    position = np.arange(found.num_rows)
+    first_id, first_shard = (before.images + 1, len(before)) if before else (1, 0)
+    columns = [
+        pa.array((position // shard_size + first_shard).astype(np.int32)),
+        pa.array(position + first_id),
+        *(found.column(name) for name, _ in COLUMNS),
     ]
-    starts = range(0, len(planned), shard_size)
-    return tuple(
-        Shard(index, tuple(planned[start : start + shard_size]))
-        for index, start in enumerate(starts)
-    )
+    table = pa.table(columns, schema=_SCHEMA)
+    return _serialize(pa.concat_tables([before.table(), table]) if before else table)
+
+
+def new_images(found: pa.Table, plan: Plan) -> pa.Table:
+    """Those of `found` whose keys are not in a plan."""
+    known = pc.is_in(found.column("key"), value_set=plan.table().column("key"))
+    return found.filter(pc.invert(known))
+
+
+def refresh(plan: Plan, images: Mapping[int, tuple[int, int]]) -> bytes:
+    """A plan with the size and mtime_ns of some images, by id, as they are now."""
+    table = plan.table()
+    columns = {name: table.column(name).to_numpy().copy() for name in ("size", "mtime_ns")}
+    for image_id, (size, mtime_ns) in images.items():
+        columns["size"][image_id - 1] = size
+        columns["mtime_ns"][image_id - 1] = mtime_ns
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+    return _serialize(table)
+
+
+def _serialize(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP)
+    return sink.getvalue().to_pybytes()
+
+
+def write_plan(path: AnyPath, content: bytes, scratch: Path) -> None:
+    """Put a plan in its place."""
+    atomic_write(path, content, scratch=scratch)
+
+
+def read_plan(path: AnyPath) -> Plan:
+    """Read what `write_plan` wrote. Raises RunError if the file is missing or damaged."""
+    try:
+        return Plan(path)
+    except FileNotFoundError:
+        raise RunError(f"no run there: {path} does not exist") from None
 
 
 def default_shard_size(images: int) -> int:
     """A 32nd of the images, at most 128: a small job still spreads over many workers."""
     return max(1, min(_LARGEST_DEFAULT_SHARD, -(-images // _DEFAULT_SHARDS)))
-
-
-def write_plan(path: Path, shards: Sequence[Shard], scratch: Path) -> None:
-    """Write `plan.parquet`, one row per image in the order of their ids."""
-    rows = [{"shard": shard.index, **vars(image)} for shard in shards for image in shard.images]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
-    atomic_write(path, sink.getvalue().to_pybytes(), scratch=scratch)
-
-
-def read_plan(path: Path) -> tuple[Shard, ...]:
-    """Read what `write_plan` wrote. Raises RunError if the file is missing or damaged."""
-    try:
-        rows = pq.ParquetFile(path).read().to_pylist()
-    except FileNotFoundError:
-        raise RunError(f"no run there: {path} does not exist") from None
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RunError(f"cannot read the plan {path}: {error}; use another --out") from None
-    images: dict[int, list[PlannedImage]] = {}
-    for row in rows:
-        images.setdefault(row.pop("shard"), []).append(PlannedImage(**row))
-    return tuple(Shard(index, tuple(members)) for index, members in sorted(images.items()))
-
-
-def _walk(root: Path, exclude: Path | None, ignored: Counter[str]) -> Iterator[Path]:
-    """Yield every file below `root` that is not in a hidden, excluded or already seen folder."""
-
-    def unreadable(error: OSError) -> None:
-        ignored["unreadable folder"] += 1
-
-    excluded = exclude.resolve() if exclude is not None else None
-    seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=unreadable):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen or Path(folder).resolve() == excluded:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        ignored["hidden"] += sum(name.startswith(".") for name in subfolders)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (Path(folder, name) for name in files)
-
-
-def _reason_to_ignore(key: str) -> str | None:
-    """Why a file is not an input, or None if it is."""
-    name = key.rpartition("/")[2]
-    if name.startswith("."):
-        return "hidden"
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        return "name is not UTF-8"
-    suffix = Path(name).suffix.lower()
-    if suffix not in IMAGE_SUFFIXES:
-        return suffix or "no suffix"
-    return None
-
-
-def _found(path: Path, key: str) -> FoundImage:
-    try:
-        status = path.stat()
-    except OSError:  # a broken link: reading it will fail with the reason
-        return FoundImage(key, -1, -1)
-    return FoundImage(key, status.st_size, status.st_mtime_ns)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sa_engine.errors import TooManyFailures
+from sa_engine.resources import DiskSpace, Resources
 from sa_engine.shards import ShardStats
-from sa_engine.storage import RunError, RunPaths
+from sa_engine.storage import AnyPath, RunError, RunPaths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,37 +14,48 @@ class PlanSummary:
     """What a run would do.
 
     Attributes:
-        images: absolute path of the images folder.
-        out: absolute path of the run's folder.
+        images: where they are.
+        out: the run's folder.
         planned: images in the plan.
+        added: of these, images that have come since the run was planned.
         chosen: of these, images within `limit`.
         shards: in the plan.
         committed: of these, shards that are done.
+        retried: failed images that will be tried again.
         shard_size: images per shard.
         ignored: entries of the images folder that are not images, by suffix or reason.
+        resources: of the workers.
+        disk: what will be written at least, and what is free; None for a remote output.
     """
 
-    images: Path
-    out: Path
+    images: AnyPath
+    out: AnyPath
     planned: int
+    added: int
     chosen: int
     shards: int
     committed: int
+    retried: int
     shard_size: int
     ignored: dict[str, int]
+    resources: Resources
+    disk: DiskSpace | None
 
     def __str__(self) -> str:
         """Give one line for each thing a person wants to check before the start."""
         limit = f", of which --limit takes {self.chosen}" if self.chosen < self.planned else ""
         ignored = ", ".join(f"{count} {reason}" for reason, count in self.ignored.items())
-        return "\n".join(
-            [
-                f"{self.planned} images in {self.images}{limit}",
-                f"left out: {ignored or 'nothing'}",
-                f"{self.shards} shards of up to {self.shard_size} images, {self.committed} done",
-                f"output: {self.out}",
-            ]
-        )
+        added = f", {self.added} of them new" if self.added else ""
+        lines = [
+            f"{self.planned} images in {self.images}{added}{limit}",
+            f"left out: {ignored or 'nothing'}",
+            f"{self.shards} shards of up to {self.shard_size} images, {self.committed} done",
+            *([f"{self.retried} failed images to try again"] if self.retried else []),
+            str(self.resources),
+            *([f"disk: {self.disk}"] if self.disk else []),
+            f"output: {self.out}",
+        ]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +63,7 @@ class Report:
     """How a run ended; ok + skipped + failed = planned.
 
     Attributes:
-        out: absolute path of the run's folder.
+        out: the run's folder.
         planned, ok, skipped, failed: numbers of images within `limit`, of all sessions of the run.
         masks: of the ok images.
         remaining: images of the plan beyond `limit`.
@@ -60,7 +71,7 @@ class Report:
         seconds: wall time of this session.
     """
 
-    out: Path
+    out: AnyPath
     planned: int
     ok: int
     skipped: int

@@ -1,35 +1,74 @@
-"""How many workers a run has, and what each of them gets."""
+"""How many workers a run has, what each of them gets, and whether that is there."""
 
 import math
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 from sa_engine.config import RunConfig
-from sa_engine.storage import RunError
+from sa_engine.plan import Plan
+from sa_engine.storage import RunError, RunPaths
 
 _CORES_PER_WORKER = 4
+# Of a photo's size, at least this much comes out as a released image with its masks: a fifth, and
+# never more than 300 kB (docs/scale.md, "What a photo leaves on disk").
+_LEAST_SHARE_WRITTEN = 0.2
+_LEAST_WRITTEN_CAP = 300_000
+_CGROUP_MEMORY = "/sys/fs/cgroup/memory.max"
+
+
+class Node(NamedTuple):
+    """What a machine has for workers."""
+
+    cpus: int
+    gpus: float
+    memory: float = math.inf  # bytes
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run uses: `workers` processes with `threads` CPU threads and `gpus` GPUs each."""
+    """What a run uses: `workers` processes with `threads` CPU threads and `gpus` GPUs each.
+
+    Attributes:
+        workers: processes.
+        threads: CPU threads of a worker's arithmetic; they decide the bytes.
+        gpus: that Ray sets aside for a worker.
+        cpus: likewise; None: as many as threads.
+        memory: bytes likewise; 0: not known.
+    """
 
     workers: int
     threads: int
     gpus: float
+    cpus: float | None = None
+    memory: int = 0
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        memory = f", {self.memory / 1e9:.1f} GB of memory" if self.memory else ""
+        each = f"{self.threads} CPU threads, {self.gpus:g} GPUs{memory}"
+        return f"{self.workers} workers with {each} each"
 
 
 def settle_resources(
-    nodes: Sequence[tuple[int, float]], config: RunConfig, threads: int | None
+    nodes: Sequence[Node], config: RunConfig, threads: int | None, memory: int = 0
 ) -> Resources:
     """Settle number and size of the workers on Ray.
 
-    By default one worker per GPU, or else per four CPUs, and as many threads as then fit.
+    By default one worker per GPU, or else per four CPUs, as far as memory goes, and as many threads
+    as then fit.
 
     Args:
-        nodes: CPUs and GPUs of every node.
-        config: num_workers and gpus_per_worker, if asked for; a `device`, if it has one.
+        nodes: what every node of the cluster has.
+        config: num_workers, gpus_per_worker and cpus_per_worker, if asked for; a `device`, if it has
+            one.
         threads: CPU threads per worker, if they are settled already.
+        memory: bytes that a worker needs.
 
     Raises:
         RunError: not enough for what was asked, with the numbers.
@@ -37,26 +76,124 @@ def settle_resources(
     gpus = config.gpus_per_worker
     if gpus is None:
         wanted = str(getattr(config, "device", "cpu")).startswith(("auto", "cuda"))
-        gpus = 1.0 if wanted and any(node_gpus >= 1 for _, node_gpus in nodes) else 0.0
+        gpus = 1.0 if wanted and any(node.gpus >= 1 for node in nodes) else 0.0
 
-    def places(size: int) -> int:
+    def places(size: int, need: float = memory) -> int:
+        cpus = size if config.cpus_per_worker is None else config.cpus_per_worker
         return sum(
-            min(cpus // size, math.floor(node_gpus / gpus + 1e-9) if gpus else cpus)
-            for cpus, node_gpus in nodes
+            min(_fit(node.cpus, cpus), _fit(node.gpus, gpus), _fit(node.memory, need), node.cpus)
+            for node in nodes
         )
 
     workers = config.num_workers
     if workers is None:
-        by_cpu = sum(max(1, cpus // _CORES_PER_WORKER) for cpus, _ in nodes if cpus)
-        workers = max(1, places(threads or 1) if threads or gpus else by_cpu)
+        by_cpu = sum(max(1, node.cpus // _CORES_PER_WORKER) for node in nodes if node.cpus)
+        wanted_workers = places(threads or 1) if threads or gpus else by_cpu
+        workers = max(1, min(wanted_workers, places(1)))
     if threads is None:
-        sizes = range(max(cpus for cpus, _ in nodes), 1, -1)
+        sizes = range(max((node.cpus for node in nodes), default=1), 1, -1)
         threads = next((size for size in sizes if places(size) >= workers), 1)
+    settled = Resources(workers, threads, gpus, config.cpus_per_worker, memory)
     if places(threads) < workers:
+        without_memory = places(threads, 0)
+        short = "memory_per_worker" if without_memory >= workers else "threads-per-worker"
+        advice = {
+            "memory_per_worker": "lower --num-workers, set memory_per_worker if you know better",
+            "threads-per-worker": "lower --num-workers, --threads-per-worker or --gpus-per-worker",
+        }[short]
         raise RunError(
-            f"{workers} workers with {threads} CPU threads and {gpus:g} GPUs each do not fit: Ray "
-            f"has {sum(cpus for cpus, _ in nodes)} CPUs and {sum(g for _, g in nodes):g} GPUs on "
-            f"{len(nodes)} nodes, room for {places(threads)}; lower --num-workers, "
-            "--threads-per-worker or --gpus-per-worker, or use --local"
+            f"{settled} do not fit: Ray has {_sum(nodes)} on {len(nodes)} nodes, room for "
+            f"{places(threads)}; {advice}, use --local, or let a growing cluster catch up with "
+            "--wait-for-resources"
         )
-    return Resources(workers, threads, gpus)
+    return settled
+
+
+def local_resources(config: RunConfig, threads: int | None, memory: int = 0) -> Resources:
+    """This process as the one worker. Raises RunError if it cannot be, with the numbers."""
+    if (config.num_workers or 1) > 1:
+        raise RunError(
+            f"num_workers = {config.num_workers} with --local: this process is one worker; "
+            "leave out --local to have more"
+        )
+    free = this_machine().memory
+    if memory > free:
+        raise RunError(
+            f"a worker needs about {memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
+            "free: end other programs, take a smaller --checkpoint, or set memory_per_worker if "
+            "you know better"
+        )
+    return Resources(1, threads or cores(), 0, None, memory)
+
+
+def worker_memory(config: RunConfig, estimate: int) -> int:
+    """Bytes that a worker needs: as told, or else the stage's estimate."""
+    return estimate if config.memory_per_worker is None else int(config.memory_per_worker * 1e9)
+
+
+def this_machine() -> Node:
+    """CPUs and GPUs of this machine, and its memory that is free now."""
+    memory = float(psutil.virtual_memory().available)
+    try:
+        limit = int(Path(_CGROUP_MEMORY).read_text())
+        memory = min(memory, limit - psutil.Process().memory_info().rss)
+    except (OSError, ValueError):  # not in a container, or without a limit
+        pass
+    return Node(cores(), len(list(Path("/dev").glob("nvidia[0-9]*"))), memory)
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class DiskSpace:
+    """What a run will write at least, and what is free for it; bytes."""
+
+    needed: int
+    free: int
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"at least {self.needed / 1e9:.2f} GB to write, {self.free / 1e9:.2f} GB free"
+
+
+def disk_space(
+    paths: RunPaths, plan: Plan, shards: Iterable[int], config: RunConfig
+) -> DiskSpace | None:
+    """Compare what some shards will take on disk with what is free; None for a remote output."""
+    if not isinstance(paths.out, Path):
+        return None
+    folder = next(path for path in (paths.out, *paths.out.parents) if path.is_dir())
+    needed = 0.0
+    if config.write_images and "tar" in config.formats:
+        sizes = plan.sizes(shards).clip(min=0) * _LEAST_SHARE_WRITTEN
+        needed = float(sizes.clip(max=_LEAST_WRITTEN_CAP).sum())
+    return DiskSpace(int(needed), shutil.disk_usage(folder).free)
+
+
+def check_disk(paths: RunPaths, space: DiskSpace | None) -> None:
+    """Raise RunError if the disk cannot hold what will be written."""
+    if space is not None and space.free < space.needed:
+        raise RunError(
+            f"the disk of {paths.out} is too small: {space}; make room, use another --out, or do "
+            "a part with --limit"
+        )
+
+
+def _fit(has: float, need: float) -> int:
+    """How often `need` goes into `has`; what needs nothing always fits."""
+    if not need or has == math.inf:
+        return 1 << 30
+    return math.floor(has / need + 1e-9)
+
+
+def _sum(nodes: Sequence[Node]) -> str:
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    memory = sum(node.memory for node in nodes)
+    known = "" if memory == math.inf else f", {memory / 1e9:.1f} GB of memory"
+    return f"{cpus} CPUs and {gpus:g} GPUs{known}"

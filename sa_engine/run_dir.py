@@ -2,26 +2,40 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sa_engine import __version__
 from sa_engine.config import RunConfig, identity_values, to_dict
+from sa_engine.listing import list_images
 from sa_engine.plan import (
-    Shard,
+    Plan,
     default_shard_size,
-    list_images,
-    make_shards,
+    make_plan,
+    new_images,
     read_plan,
+    refresh,
+    shard_name,
     write_plan,
 )
+from sa_engine.reader import read_failures
 from sa_engine.resources import Resources
-from sa_engine.storage import RunError, RunPaths, atomic_write
+from sa_engine.storage import (
+    AnyPath,
+    RunError,
+    RunPaths,
+    atomic_write,
+    list_names,
+    location,
+    sweep,
+)
 
 # Options whose default depends on the inputs or the machine: decided once, then kept.
 _DECIDED_ONCE = ("shard_size", "threads_per_worker")
+_OURS = re.compile(r"sa_\d{6,}\.(json|tar|parquet)|_run|holdout\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,31 +60,47 @@ class RunInfo:
     fingerprint: str
     ignored: dict[str, int]
 
+    def write(self, paths: RunPaths) -> None:
+        """Put it in its place."""
+        content = json.dumps(vars(self), indent=1) + "\n"
+        atomic_write(paths.info, content.encode(), scratch=paths.scratch)
+
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run's plan, and its `RunInfo` if the run has been started before."""
+    """A run's plan, and its `RunInfo` if the run has been started before.
 
-    shards: tuple[Shard, ...]
+    Attributes:
+        plan: which image is in which shard.
+        shard_size: images per shard.
+        ignored: entries of the images folder that are not images, by suffix or reason.
+        info: None if the run is new; then `content` is what its plan file will hold.
+        added: images that this plan has more than the one on disk.
+    """
+
+    plan: Plan
     shard_size: int
     ignored: dict[str, int]
     info: RunInfo | None
-
-    def select(self, limit: int | None) -> tuple[Shard, ...]:
-        """The first shards that together hold at least `limit` images; None: all."""
-        chosen: list[Shard] = []
-        images = 0
-        for shard in self.shards:
-            if limit is not None and images >= limit:
-                break
-            chosen.append(shard)
-            images += len(shard.images)
-        return tuple(chosen)
+    content: bytes | None = None
+    added: int = 0
 
 
-def images_folder(config: RunConfig) -> Path:
-    """Absolute path of the images, links resolved, so that it can be compared."""
-    return Path(config.images).resolve()
+def images_folder(config: RunConfig) -> AnyPath:
+    """Where the images are; a local path absolute and with links resolved, to be compared."""
+    return location(config.images)
+
+
+def read_info(paths: RunPaths) -> RunInfo:
+    """What a run was started with. Raises RunError if there is no run."""
+    try:
+        return RunInfo(**json.loads(paths.info.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(
+            f"{paths.out} is not the output of a run: there is no {paths.info}"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise RunError(f"cannot read {paths.info}: {error}; use another --out") from None
 
 
 def open_run(paths: RunPaths, stage: str, config: RunConfig) -> PlannedRun | None:
@@ -81,7 +111,7 @@ def open_run(paths: RunPaths, stage: str, config: RunConfig) -> PlannedRun | Non
     if not paths.info.exists():
         _check_empty(paths)
         return None
-    info = RunInfo(**json.loads(paths.info.read_bytes()))
+    info = read_info(paths)
     given = {
         key: value
         for key, value in identity_values(config).items()
@@ -100,9 +130,25 @@ def plan_run(paths: RunPaths, config: RunConfig) -> PlannedRun:
 
     Raises RunError if there is no image.
     """
-    images, ignored = list_images(images_folder(config), exclude=paths.out)
-    size = config.shard_size or default_shard_size(len(images))
-    return PlannedRun(make_shards(images, size), size, ignored, None)
+    found, ignored = list_images(images_folder(config), exclude=paths.out)
+    size = config.shard_size or default_shard_size(found.num_rows)
+    content = make_plan(found, size)
+    return PlannedRun(Plan(content), size, ignored, None, content)
+
+
+def extend_plan(paths: RunPaths, config: RunConfig, planned: PlannedRun) -> PlannedRun:
+    """The plan with the images that have come since, in shards of their own; writes nothing.
+
+    No image of the old plan changes its id or its shard.
+    """
+    found, ignored = list_images(images_folder(config), exclude=paths.out)
+    new = new_images(found, planned.plan)
+    if not new.num_rows:
+        return replace(planned, ignored=ignored)
+    content = make_plan(new, planned.shard_size, before=planned.plan)
+    return PlannedRun(
+        Plan(content), planned.shard_size, ignored, planned.info, content, new.num_rows
+    )
 
 
 def start_run(
@@ -124,6 +170,7 @@ def start_run(
             **to_dict(config),
             **decided,
             "images": str(images_folder(config)),
+            "out": str(paths.out),
             "num_workers": resources.workers,
             "gpus_per_worker": resources.gpus,
         },
@@ -132,9 +179,61 @@ def start_run(
         fingerprint=hashlib.sha256(canonical.encode()).hexdigest(),
         ignored=planned.ignored,
     )
-    write_plan(paths.plan, planned.shards, paths.scratch)
-    content = json.dumps(vars(info), indent=1) + "\n"
-    atomic_write(paths.info, content.encode(), scratch=paths.scratch)
+    assert planned.content is not None, "a new run brings its plan"
+    write_plan(paths.plan, planned.content, paths.scratch)
+    info.write(paths)
+
+
+def continue_run(paths: RunPaths, planned: PlannedRun) -> None:
+    """Write what an extended plan has more than the one on disk."""
+    assert planned.info is not None, "a run that goes on has been started"
+    if planned.content is not None:
+        write_plan(paths.plan, planned.content, paths.scratch)
+        replace(planned.info, ignored=planned.ignored).write(paths)
+
+
+def refresh_failed(
+    paths: RunPaths, config: RunConfig, planned: PlannedRun, shards: Iterable[int]
+) -> PlannedRun:
+    """Plan the failed images of some committed shards as they are now, mended perhaps."""
+    images = images_folder(config)
+    now = {}
+    for index in shards:
+        failed = {f.image_id for f in read_failures(paths, shard_name(index))}
+        for image in planned.plan[index].images:
+            if image.image_id in failed:
+                found = _size_and_mtime_ns(images / image.key)
+                if found != (image.size, image.mtime_ns):
+                    now[image.image_id] = found
+    if not now:
+        return planned
+    content = refresh(planned.plan, now)
+    write_plan(paths.plan, content, paths.scratch)
+    return replace(planned, plan=Plan(content), content=None)
+
+
+def clear_run(paths: RunPaths) -> None:
+    """Remove a run with all it has made, its `run.json` last, so that a kill leaves a run to remove."""
+    ours = [name for name in list_names(paths.out) if _OURS.fullmatch(name) and name != "_run"]
+    for name in sorted(ours, key=lambda name: (not name.endswith(".json"), name)):
+        (paths.out / name).unlink(missing_ok=True)
+    for folder in (paths.partial, paths.run / "errors"):
+        sweep(folder)
+    for file in (paths.plan, paths.info):
+        file.unlink(missing_ok=True)
+
+
+def check_clearable(paths: RunPaths) -> None:
+    """Raise RunError if `paths.out` holds anything but a run."""
+    if paths.info.exists():
+        others = [name for name in list_names(paths.out) if not _OURS.fullmatch(name)]
+        if others:
+            raise RunError(
+                f"output {paths.out} holds {sorted(others)[0]} beside its run: --overwrite removes "
+                "runs only; move it away, or use another --out"
+            )
+    else:
+        _check_empty(paths)
 
 
 def check_same(paths: RunPaths, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -147,16 +246,24 @@ def check_same(paths: RunPaths, before: Mapping[str, Any], now: Mapping[str, Any
     if different:
         raise RunError(
             f"{paths.out} holds another run: {'; '.join(different)}; "
-            "go on with the old value, or use another --out"
+            "go on with the old value, use another --out, or start over with --overwrite"
         )
 
 
+def _size_and_mtime_ns(path: AnyPath) -> tuple[int, int]:
+    if not isinstance(path, Path):
+        return path.size_and_mtime_ns()
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
 def _check_empty(paths: RunPaths) -> None:
-    if paths.out.exists() and not paths.out.is_dir():
+    if isinstance(paths.out, Path) and paths.out.exists() and not paths.out.is_dir():
         raise RunError(f"output {paths.out} is a file: --out takes a new or empty folder")
-    others: Sequence[str] = []
-    if paths.out.is_dir():
-        others = sorted(path.name for path in paths.out.iterdir() if path != paths.run)
+    others = sorted(name for name in list_names(paths.out) if name != paths.run.name)
     if others:
         raise RunError(
             f"output {paths.out} holds {others[0]} ({len(others)} entries in all) but no run: "

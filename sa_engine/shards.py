@@ -1,4 +1,4 @@
-"""Finished shards: how one is committed, and how they are read back.
+"""Finished shards: how one is committed. How they are read back is in `reader.py`.
 
 A shard is `sa_000000.tar` (SA-1B's files: `sa_<id>.jpg` and `sa_<id>.json` side by side),
 `sa_000000.parquet` (the full records, one row per image) and the marker `sa_000000.json`, which is
@@ -7,9 +7,11 @@ written last: only with its marker is a shard there. Equal records make equal by
 
 import io
 import json
+import re
 import tarfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,29 +20,31 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from sa_engine.partial import Failure, Finished, PartialShard
-from sa_engine.plan import Shard, read_plan
+from sa_engine.plan import Shard, shard_name
 from sa_engine.records import (
     ARROW_SCHEMA,
     SCHEMA_VERSION,
     ImageRecord,
-    from_sa1b,
-    from_table,
     image_name,
     to_sa1b,
     to_table,
 )
-from sa_engine.storage import RunError, RunPaths, atomic_write, place, sha256_file, sweep
+from sa_engine.storage import (
+    RunError,
+    RunPaths,
+    atomic_write,
+    list_names,
+    place,
+    sha256_file,
+    sweep,
+)
 
-__all__ = [
-    "RunError",
-    "ShardStats",
-    "commit_shard",
-    "iter_records",
-    "read_image",
-    "read_markers",
-]
+__all__ = ["RunError", "ShardStats", "commit_shard", "committed_shards", "read_markers"]
 
 _ROW_GROUP = 64
+# A store answers many small requests at once; one after another they would take minutes.
+_READERS = 16
+_MARKER = re.compile(r"sa_(\d{6,})\.json")
 _Sink = Callable[[Finished], None]
 
 
@@ -114,6 +118,8 @@ def commit_shard(
     if failures:
         lines = "".join(json.dumps(vars(failure)) + "\n" for failure in failures)
         atomic_write(paths.errors(shard.name), lines.encode(), scratch=folder)
+    else:  # those of a shard that was reopened to retry them
+        paths.errors(shard.name).unlink(missing_ok=True)
     atomic_write(paths.marker(shard.name), stats.to_json().encode(), scratch=folder)
     sweep(folder)
     store.remove()
@@ -140,64 +146,22 @@ def _build(
     return ok, masks, failures
 
 
-def read_markers(paths: RunPaths, shards: Sequence[Shard]) -> dict[str, ShardStats]:
-    """The markers of those of `shards` that are committed, by name, in their order."""
-    present = {path.name for path in paths.out.glob("sa_*.json")}
-    return {
-        shard.name: ShardStats.from_json(paths.marker(shard.name).read_bytes())
-        for shard in shards
-        if f"{shard.name}.json" in present
-    }
+def committed_shards(paths: RunPaths) -> set[int]:
+    """Indices of the shards whose marker is there: one listing, nothing is read."""
+    found = (_MARKER.fullmatch(name) for name in list_names(paths.out))
+    return {int(match[1]) for match in found if match}
 
 
-def iter_records(out: Path) -> Iterator[ImageRecord]:
-    """All records of a run's committed shards, in the order of their ids.
+def read_markers(paths: RunPaths, indices: Iterable[int]) -> dict[int, ShardStats]:
+    """The markers of those shards that are committed, by index, in the order of `indices`."""
+    present = committed_shards(paths)
+    chosen = [index for index in indices if index in present]
 
-    They come from the Parquet files; where a run has none, from the tars, which know no sha256 and
-    no field beyond SA-1B's. Raises RunError if `out` holds no run.
-    """
-    paths = RunPaths(out)
-    shards = read_plan(paths.plan)
-    markers = read_markers(paths, shards)
-    for shard in shards:
-        if shard.name not in markers:
-            continue
-        if f"{shard.name}.parquet" in markers[shard.name].files:
-            with pq.ParquetFile(out / f"{shard.name}.parquet") as file:
-                for group in range(file.num_row_groups):
-                    yield from from_table(file.read_row_group(group))
-        else:
-            yield from _records_of_tar(out / f"{shard.name}.tar", shard)
+    def read(index: int) -> ShardStats:
+        return ShardStats.from_json(paths.marker(shard_name(index)).read_bytes())
 
-
-def read_image(out: Path, image_id: int) -> bytes:
-    """The JPEG file of a released image. Raises RunError if the run has none with this id."""
-    for shard in read_plan(RunPaths(out).plan):
-        if shard.images[0].image_id <= image_id <= shard.images[-1].image_id:
-            path = out / f"{shard.name}.tar"
-            if path.exists():
-                with tarfile.open(path) as archive:
-                    if image_name(image_id) in archive.getnames():
-                        return _member(archive, image_name(image_id))
-    raise RunError(
-        f"{out} has no picture of image {image_id}: it is not planned or not done, it failed "
-        "(see _run/errors there), or the run leaves pictures out"
-    )
-
-
-def _records_of_tar(path: Path, shard: Shard) -> Iterator[ImageRecord]:
-    keys = {image.image_id: image.key for image in shard.images}
-    with tarfile.open(path) as archive:
-        for name in archive.getnames():
-            if name.endswith(".json"):
-                record = from_sa1b(json.loads(_member(archive, name)))
-                yield ImageRecord(**{**vars(record), "source_path": keys[record.image_id]})
-
-
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(name)
-    assert file is not None, f"{name} is not a file"
-    return file.read()
+    with ThreadPoolExecutor(_READERS) as readers:
+        return dict(zip(chosen, readers.map(read, chosen), strict=True))
 
 
 @contextmanager

@@ -1,21 +1,38 @@
-"""Files of a run: where they lie, how they are written whole or not at all, and who may write."""
+"""Files of a run: where they lie, and how they are written whole or not at all.
 
-import fcntl
+A place is a `pathlib.Path` on this machine's file systems or a `RemotePath` behind a URI.
+"""
+
+import errno
 import hashlib
-import json
 import os
 import shutil
-import socket
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import TypeAlias
+from urllib.parse import unquote, urlsplit
 
 from sa_engine.errors import SaEngineError
+from sa_engine.remote import RemotePath, is_uri
+
+AnyPath: TypeAlias = Path | RemotePath
+
+# What a full or broken disk answers; a run ends with it in one sentence.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 class RunError(SaEngineError):
     """A run that cannot start or go on: its folders, its plan, or another run are in the way."""
+
+
+class OutputError(RunError):
+    """The output's disk or store failed in the middle of the work; the same command resumes it."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -26,41 +43,61 @@ class RunPaths:
     Everything else lies in `_run`.
     """
 
-    out: Path
+    out: AnyPath
 
     @property
-    def run(self) -> Path:
+    def run(self) -> AnyPath:
         return self.out / "_run"
 
     @property
-    def info(self) -> Path:
+    def info(self) -> AnyPath:
         return self.run / "run.json"
 
     @property
-    def plan(self) -> Path:
+    def plan(self) -> AnyPath:
         return self.run / "plan.parquet"
 
     @property
-    def lock(self) -> Path:
+    def lock(self) -> AnyPath:
         return self.run / "lock"
 
     @property
-    def scratch(self) -> Path:
-        return self.run / "tmp"
+    def heartbeat(self) -> AnyPath:
+        return self.run / "heartbeat.json"
 
     @property
-    def partial(self) -> Path:
+    def scratch(self) -> Path:
+        """Where files are built: on the output's own file system, or this machine's if it is remote."""
+        if isinstance(self.run, Path):
+            return self.run / "tmp"
+        name = hashlib.sha256(str(self.out).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"sa-engine-{name}"
+
+    @property
+    def partial(self) -> AnyPath:
         return self.run / "partial"
 
-    def errors(self, shard: str) -> Path:
+    def errors(self, shard: str) -> AnyPath:
         return self.run / "errors" / f"{shard}.jsonl"
 
-    def marker(self, shard: str) -> Path:
+    def marker(self, shard: str) -> AnyPath:
         return self.out / f"{shard}.json"
 
 
+def location(text: str) -> AnyPath:
+    """The place that a user means: a URI such as `s3://bucket/folder`, or a path on this machine.
+
+    A local path comes back absolute, its links resolved, so that it can be compared. Raises
+    `remote.LocationError` for a URI that pyarrow does not understand.
+    """
+    if not is_uri(text):
+        return Path(text).expanduser().resolve()
+    parts = urlsplit(text)
+    return Path(unquote(parts.path)).resolve() if parts.scheme == "file" else RemotePath(text)
+
+
 def atomic_write(
-    path: Path, data: bytes, *, scratch: Path | None = None, durable: bool = True
+    path: AnyPath, data: bytes, *, scratch: Path | None = None, durable: bool = True
 ) -> None:
     """Write a file so that `path` holds all of `data` or what it held before.
 
@@ -70,6 +107,9 @@ def atomic_write(
         scratch: folder for the temporary file, on the same file system; default: beside `path`.
         durable: wait until the disk has it, so that it survives a power cut.
     """
+    if isinstance(path, RemotePath):
+        path.put(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = scratch or path.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +122,12 @@ def atomic_write(
         raise
 
 
-def place(temporary: Path, path: Path, *, durable: bool = True) -> None:
+def place(temporary: Path, path: AnyPath, *, durable: bool = True) -> None:
     """Move a finished temporary file to its name in one step, replacing what is there."""
+    if isinstance(path, RemotePath):
+        path.put(temporary)
+        temporary.unlink()
+        return
     if durable:
         _sync(temporary)
     os.replace(temporary, path)
@@ -91,7 +135,7 @@ def place(temporary: Path, path: Path, *, durable: bool = True) -> None:
         _sync(path.parent)
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: AnyPath) -> str:
     """Sha256 (hex) of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -100,82 +144,41 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sweep(folder: Path) -> None:
-    """Remove a folder of leftovers with all that is in it; a missing one is fine."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-class RunLock:
-    """Holds a run's folder for one live process, as a context manager.
-
-    The operating system drops the lock when its holder dies, so a dead run is taken over at once; a
-    lock from another host is believed, because a shared file system may not carry it. The file says
-    host, pid and session, for messages and for `holds`.
-    """
-
-    def __init__(self, paths: RunPaths, session: str) -> None:
-        self._paths = paths
-        self._session = session
-        self._file = -1
-
-    def __enter__(self) -> "RunLock":
-        """Take the lock. Raises RunError, naming the holder, if another run has it."""
-        while True:
-            file = self._open()
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(file)
-                raise RunError(self._held("end that run first, or use another --out")) from None
-            if os.fstat(file).st_nlink:
-                break
-            os.close(file)  # its last holder removed it between our open and our lock
-        host = read_lock(self._paths).get("host")
-        if host not in (None, socket.gethostname()):
-            os.close(file)
-            raise RunError(self._held(f"if that run is gone, remove {self._paths.lock}"))
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "session": self._session}
-        os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(holder).encode(), 0)
-        self._file = file
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Release the lock, and remove the run's folders if nothing was written into them."""
-        self._paths.lock.unlink(missing_ok=True)
-        os.close(self._file)
-        for folder in (self._paths.run, self._paths.out):
-            try:
-                folder.rmdir()
-            except OSError:
-                return
-
-    def _open(self) -> int:
-        try:
-            self._paths.run.mkdir(parents=True, exist_ok=True)
-            return os.open(self._paths.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RunError(f"cannot write to the output {self._paths.out}: {error}") from None
-
-    def _held(self, advice: str) -> str:
-        holder = read_lock(self._paths)
-        return (
-            f"{self._paths.out} is in use by another run: process {holder.get('pid', '?')} "
-            f"on host {holder.get('host', '?')}; {advice}"
-        )
-
-
-def read_lock(paths: RunPaths) -> dict[str, str | int]:
-    """Host, pid and session of the run that holds a folder; empty if none does."""
+def list_names(folder: AnyPath) -> list[str]:
+    """Names of the files and folders in a folder; none if it is not there."""
+    if isinstance(folder, RemotePath):
+        return [path.name for path in folder.iterdir()]
     try:
-        return json.loads(paths.lock.read_bytes())
-    except (OSError, ValueError):
-        return {}
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def modified(path: AnyPath) -> float:
+    """When a file was last written, by its file system's clock. Raises FileNotFoundError."""
+    return path.modified() if isinstance(path, RemotePath) else path.stat().st_mtime
+
+
+def sweep(folder: AnyPath) -> None:
+    """Remove a folder of leftovers with all that is in it; a missing one is fine."""
+    if isinstance(folder, RemotePath):
+        folder.remove_tree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def told_if_disk_fails(paths: RunPaths) -> Iterator[None]:
+    """Turn what a full or broken disk raises into an OutputError that names the output."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_ERRORS or isinstance(paths.out, RemotePath):
+            raise OutputError(
+                f"cannot write to the output {paths.out}: {error.strerror or error}; what is "
+                "finished is kept: make room, then run the same command again"
+            ) from None
+        raise
 
 
 def _sync(path: Path) -> None:

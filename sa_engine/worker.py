@@ -1,10 +1,12 @@
 """What a stage must offer, and the worker that takes one shard through it."""
 
+import multiprocessing
 import os
+import signal
 import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +14,21 @@ from typing import Any, Protocol
 
 from sa_engine.config import RunConfig
 from sa_engine.errors import SaEngineError
+from sa_engine.lock import read_lock
 from sa_engine.partial import Breadcrumbs, Failure, PartialShard
 from sa_engine.plan import PlannedImage, Shard
+from sa_engine.reader import reopen_shard
 from sa_engine.records import ImageRecord, to_json
 from sa_engine.shards import ShardStats, commit_shard
-from sa_engine.storage import RunError, RunPaths, read_lock
+from sa_engine.storage import AnyPath, RunError, RunPaths, told_if_disk_fails
 
 _FATAL_DEATHS = 2
 _FATAL_DEATHS_OUTSIDE = 5
 # Held in place of an image's key while the model is loaded or the shard is written.
 _NO_IMAGE = ""
 _MESSAGE_LENGTH = 500
+# More than the pixels of the largest picture that is decoded, with 16 bits a sample.
+_LARGEST_FILE = 4_000_000_000
 
 
 class SkipImage(SaEngineError):
@@ -53,6 +59,9 @@ class Stage(Protocol):
     def make_worker(self, config: Any) -> StageWorker:
         """Load the model; called once in every worker process that has work."""
 
+    def worker_memory(self, config: Any) -> int:
+        """Bytes of memory that a worker takes at its peak, roughly; loads nothing."""
+
 
 @dataclass(frozen=True)
 class WorkerSpec:
@@ -61,18 +70,22 @@ class WorkerSpec:
     Attributes:
         stage: what to do.
         config: the stage's options.
-        images: absolute path of the images folder.
-        paths: of the run, absolute.
+        images: where the images are.
+        paths: of the run.
         session: of the driver, see `RunLock` and `Breadcrumbs`.
         threads: CPU threads of the model.
+        retry_failed: take up the failed images of shards that are committed.
+        is_driver: the worker is in the driver's own process, so a crash takes both.
     """
 
     stage: Stage
     config: RunConfig
-    images: Path
+    images: AnyPath
     paths: RunPaths
     session: str
     threads: int
+    retry_failed: bool = False
+    is_driver: bool = False
 
 
 class ShardWorker:
@@ -89,18 +102,46 @@ class ShardWorker:
         dies on twice is given up.
 
         Raises:
-            RunError: the run's folder is not held by this worker's driver (any more), or workers
-                keep dying on the shard while they have none of its images in hand.
+            RunError: the run's folder is not held by this worker's driver (any more), the output
+                cannot be written, or workers keep dying on the shard while they have none of its
+                images in hand.
         """
         start = time.monotonic()
-        self._check_driver()
-        marker = self._spec.paths.marker(shard.name)
-        if marker.exists():  # committed by a worker that died before it could say so
-            return ShardStats.from_json(marker.read_bytes())
+        paths = self._spec.paths
+        with told_if_disk_fails(paths):
+            self.check_driver()
+            attempts: Mapping[int, int] = {}
+            if paths.marker(shard.name).exists():
+                stats = ShardStats.from_json(paths.marker(shard.name).read_bytes())
+                if not (stats.failed and self._spec.retry_failed):
+                    return stats  # committed by a worker that died before it could say so
+                attempts = reopen_shard(paths, shard)
+            store = PartialShard(paths, shard.name)
+            breadcrumbs = Breadcrumbs(store, self._spec.session)
+            _check_deaths(shard, breadcrumbs)
+            if self._spec.is_driver:
+                self._try_alone(shard, store, breadcrumbs)
+            breadcrumbs.hold([_NO_IMAGE])
+            todo = self._give_up_or_go_on(shard, store, breadcrumbs)
+            if todo:
+                pipeline = _Pipeline(self._spec, self._load(), store, breadcrumbs, attempts)
+                for images in [[image] for image in todo] if breadcrumbs.deaths else [todo]:
+                    pipeline.run(images)
+            breadcrumbs.hold([_NO_IMAGE])
+            self.check_driver()
+            seconds = time.monotonic() - start
+            return commit_shard(paths, shard, self._spec.config.formats, seconds)
+
+    def run_image(self, shard: Shard, image_id: int) -> None:
+        """Take one image through the stage, so that it is saved or has failed; commits nothing."""
         store = PartialShard(self._spec.paths, shard.name)
-        breadcrumbs = Breadcrumbs(store, self._spec.session)
-        _check_deaths(shard, breadcrumbs)
-        breadcrumbs.hold([_NO_IMAGE])
+        image = next(image for image in shard.images if image.image_id == image_id)
+        _Pipeline(self._spec, self._load(), store, None, {}).run([image])
+
+    def _give_up_or_go_on(
+        self, shard: Shard, store: PartialShard, breadcrumbs: Breadcrumbs
+    ) -> list[PlannedImage]:
+        """The images to do; those that workers have died on too often become failures."""
         todo = []
         for image in shard.images:
             if store.load(image.image_id) is not None:
@@ -109,14 +150,17 @@ class ShardWorker:
                 store.fail(_worker_died(image, breadcrumbs.deaths[image.key]))
             else:
                 todo.append(image)
-        if todo:
-            pipeline = _Pipeline(self._spec, self._load(), store, breadcrumbs)
-            for images in [[image] for image in todo] if breadcrumbs.deaths else [todo]:
-                pipeline.run(images)
-        breadcrumbs.hold([_NO_IMAGE])
-        self._check_driver()
-        seconds = time.monotonic() - start
-        return commit_shard(self._spec.paths, shard, self._spec.config.formats, seconds)
+        return todo
+
+    def _try_alone(self, shard: Shard, store: PartialShard, breadcrumbs: Breadcrumbs) -> None:
+        """Take images that may have crashed this worker's predecessor in processes of their own."""
+        suspects = [image for image in shard.images if image.key in breadcrumbs.suspects]
+        for index, image in enumerate(suspects):
+            breadcrumbs.hold(suspect.key for suspect in suspects[index:])
+            if store.load(image.image_id) is None:
+                crashed = _crashes(self._spec, shard, image.image_id)
+                if crashed and store.load(image.image_id) is None:
+                    store.fail(_worker_died(image, _FATAL_DEATHS))
 
     def _load(self) -> StageWorker:
         if self._stage_worker is None:
@@ -124,7 +168,8 @@ class ShardWorker:
             _limit_threads(self._spec.threads)
         return self._stage_worker
 
-    def _check_driver(self) -> None:
+    def check_driver(self) -> None:
+        """Raise RunError unless the run's folder is held by this worker's driver."""
         if read_lock(self._spec.paths).get("session") != self._spec.session:
             raise RunError(
                 f"{self._spec.paths.out} is not held by this run (any more): another run has "
@@ -140,24 +185,24 @@ class _Pipeline:
         spec: WorkerSpec,
         worker: StageWorker,
         store: PartialShard,
-        breadcrumbs: Breadcrumbs,
+        breadcrumbs: Breadcrumbs | None,
+        attempts: Mapping[int, int],
     ) -> None:
         self._spec = spec
         self._worker = worker
         self._store = store
         self._breadcrumbs = breadcrumbs
+        self._attempts = attempts
 
     def run(self, images: Sequence[PlannedImage]) -> None:
         """Take images through all steps, so that each is saved or has failed."""
         with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
-            self._breadcrumbs.hold([images[0].key])
-            prepared = ahead.submit(self._prepare, images[0])
+            prepared = ahead.submit(self._prepare, images, 0)
             saved: Future[None] | None = None
             for index, image in enumerate(images):
-                self._breadcrumbs.hold(held.key for held in images[max(index - 1, 0) : index + 2])
                 ready = prepared.result()
                 if index + 1 < len(images):
-                    prepared = ahead.submit(self._prepare, images[index + 1])
+                    prepared = ahead.submit(self._prepare, images, index + 1)
                 result = self._step("process", image, self._worker.process, ready)
                 if saved is not None:
                     saved.result()
@@ -165,7 +210,11 @@ class _Pipeline:
             if saved is not None:
                 saved.result()
 
-    def _prepare(self, image: PlannedImage) -> Any:
+    def _prepare(self, images: Sequence[PlannedImage], index: int) -> Any:
+        """Read and decode an image, while its predecessors are in the other two steps."""
+        image = images[index]
+        if self._breadcrumbs is not None:
+            self._breadcrumbs.hold(held.key for held in images[max(index - 2, 0) : index + 1])
         data = self._step("read", image, self._read)
         return self._step("prepare", image, self._worker.prepare, data)
 
@@ -192,24 +241,22 @@ class _Pipeline:
                 step=step,
                 error=type(error).__name__,
                 message=" ".join(str(error).split())[:_MESSAGE_LENGTH],
+                attempts=self._attempts.get(image.image_id, 0) + 1,
             )
 
     def _read(self, image: PlannedImage) -> bytes:
-        """The photo's bytes. Raises RunError if it is not the file that was planned."""
+        """The photo's bytes. Raises RunError if it is not the file that was planned, or too large."""
         path = self._spec.images / image.key
+        if not isinstance(path, Path):
+            _check_unchanged(image, *path.size_and_mtime_ns())
+            return path.read_bytes()
         # Not blocking: a named pipe would wait for a writer for ever.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise RunError("not a regular file")
-            data = file.read()
-        for name, planned, found in (
-            ("size", image.size, len(data)),
-            ("mtime_ns", image.mtime_ns, status.st_mtime_ns),
-        ):
-            if found != planned:
-                raise RunError(f"changed since the plan: {name} was {planned}, is {found}")
-        return data
+            _check_unchanged(image, status.st_size, status.st_mtime_ns)
+            return file.read()
 
     def _encode(self, image: PlannedImage, result: Any) -> tuple[str, bytes | None]:
         """The image's record as JSON and, if pictures are released, its JPEG."""
@@ -221,6 +268,44 @@ class _Pipeline:
         if jpeg is None:
             raise ValueError("the stage made no picture, but write_images is on")
         return to_json(record), jpeg
+
+
+def _check_unchanged(image: PlannedImage, size: int, mtime_ns: int) -> None:
+    for name, planned, found in (
+        ("size", image.size, size),
+        ("mtime_ns", image.mtime_ns, mtime_ns),
+    ):
+        if found != planned:
+            raise RunError(f"changed since the plan: {name} was {planned}, is {found}")
+    if size > _LARGEST_FILE:
+        raise RunError(f"a file of {size:,} bytes is no photo: at most {_LARGEST_FILE:,} are read")
+
+
+def _crashes(spec: WorkerSpec, shard: Shard, image_id: int) -> bool:
+    """Take an image through the stage in a process of its own; whether that was the end of it.
+
+    If whoever stops the run stops that process too, it has not crashed.
+    """
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run_image, args=(spec, shard, image_id), daemon=True
+    )
+    process.start()
+    try:
+        process.join()
+    except BaseException:
+        process.kill()
+        process.join()
+        raise
+    ended_by = -(process.exitcode or 0)
+    return ended_by > 0 and ended_by not in (signal.SIGINT, signal.SIGTERM)
+
+
+def _run_image(spec: WorkerSpec, shard: Shard, image_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it reaches both; the parent acts
+    try:
+        ShardWorker(spec).run_image(shard, image_id)
+    except SaEngineError:  # such as missing weights: the parent will meet it too, and say so
+        sys.exit(1)
 
 
 def _check_deaths(shard: Shard, breadcrumbs: Breadcrumbs) -> None:

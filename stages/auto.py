@@ -23,6 +23,11 @@ if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.modeling.sam import Sam
 
 
+# Measured with the paper's setting on photos of 3 to 16 megapixels: 1.3 GB for vit_t (40 MB of weights), 2.1 GB for
+# vit_b (375 MB), see benchmarks/README.md.
+_MEMORY_WITHOUT_MODEL = 1_200_000_000
+
+
 class ModelMismatch(SaEngineError):
     """A worker found other weights under the checkpoint's name than the driver."""
 
@@ -64,6 +69,12 @@ class AutoStage:
         self.sam = load_sam(resolve(self.checkpoint))
         self.fingerprint = model_fingerprint(self.sam)
         return {"model_fingerprint": self.fingerprint}
+
+    def worker_memory(self, config: AutoConfig) -> int:
+        """Peak memory of a worker: Python, torch and a photo, and thrice the weights for them and their activations."""
+        from sa_engine.modeling.weights import size_of
+
+        return _MEMORY_WITHOUT_MODEL + 3 * size_of(self.checkpoint)
 
     def make_worker(self, config: AutoConfig) -> "AutoWorker":
         """Load the model in this process and check that it is the driver's."""
@@ -141,19 +152,19 @@ def mask_record(number: int, mask: "GeneratedMask", fingerprint: str) -> MaskRec
     )
 
 
-def run(config: AutoConfig) -> runner.Report:
+def run(config: AutoConfig, start: runner.Start = runner.RESUME) -> runner.Report:
     """Segment every photo of ``config.images`` into shards under ``config.out``.
 
     Raises:
         SaEngineError: bad input, another run's folder, too few resources, or too many failures.
     """
     stage = AutoStage(_absolute(config.checkpoint))
-    return runner.run(stage, config, stage.identity)
+    return runner.run(stage, config, stage.identity, start)
 
 
-def describe(config: AutoConfig) -> runner.PlanSummary:
+def describe(config: AutoConfig, start: runner.Start = runner.RESUME) -> runner.PlanSummary:
     """What :func:`run` would do, without doing or writing anything."""
-    return runner.describe(AutoStage(_absolute(config.checkpoint)), config)
+    return runner.describe(AutoStage(_absolute(config.checkpoint)), config, start)
 
 
 def _absolute(checkpoint: str) -> str:

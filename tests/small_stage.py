@@ -1,7 +1,7 @@
 """A small real stage for tests of the runner: brightness bands of a photo, no neural network.
 
 Ray's workers and subprocesses import it; as a script it is a driver of its own:
-`python small_stage.py IMAGES OUT key=value ...`
+`python small_stage.py IMAGES OUT key=value ... --extend ...`
 """
 
 import hashlib
@@ -36,6 +36,7 @@ class SmallConfig(RunConfig):
     kill: str | None = option(None, help="KEY:STEP at which the process kills itself.")
     kill_once: str | None = option(None, help="File that says that it has.")
     skip: str | None = option(None, help="Key of an image that the stage leaves out.")
+    slow: str | None = option(None, help="Key of an image that takes very long.")
     seconds: float = option(0.0, help="Time that an image takes at least.")
     model: str = option("a", help="Stands for the weights.")
 
@@ -43,6 +44,9 @@ class SmallConfig(RunConfig):
 @dataclass(frozen=True)
 class SmallStage:
     name: str = "small"
+
+    def worker_memory(self, config: SmallConfig) -> int:
+        return 200_000_000
 
     def make_worker(self, config: SmallConfig) -> "SmallWorker":
         return SmallWorker(config)
@@ -61,7 +65,7 @@ class SmallWorker:
 
     def process(self, item: PlannedImage, prepared: tuple[np.ndarray, str]) -> Any:
         self._perhaps_die(item, "process")
-        time.sleep(self.config.seconds)
+        time.sleep(60 if item.key == self.config.slow else self.config.seconds)
         image, sha256 = prepared
         band = image.mean(axis=2) * self.config.bands // 256
         return image, sha256, [band == number for number in range(self.config.bands)]
@@ -126,8 +130,9 @@ def small_config(images: Path, out: Path, **options: Any) -> SmallConfig:
     return SmallConfig(images=str(images), out=str(out), **given)
 
 
-def run(config: SmallConfig) -> runner.Report:
-    return runner.run(SmallStage(), config, lambda: {"model_fingerprint": config.model})
+def run(config: SmallConfig, **start: bool) -> runner.Report:
+    identity = lambda: {"model_fingerprint": config.model}  # noqa: E731
+    return runner.run(SmallStage(), config, identity, runner.Start(**start))
 
 
 def drive(config: SmallConfig, fatal_replace: int = 0) -> None:
@@ -147,17 +152,25 @@ def work(config: SmallConfig, fatal_replace: int = 0) -> None:
     """Take the first shard of a planned run through a worker of the session "living"."""
     kill_at_replace(fatal_replace)
     paths = RunPaths(Path(config.out))
-    spec = WorkerSpec(SmallStage(), config, Path(config.images), paths, "living", 1)
+    spec = WorkerSpec(
+        stage=SmallStage(),
+        config=config,
+        images=Path(config.images),
+        paths=paths,
+        session="living",
+        threads=1,
+    )
     ShardWorker(spec).run(read_plan(paths.plan)[0])
 
 
 def main() -> None:
-    images, out, *sets = sys.argv[1:]
-    start = {"images": images, "out": out, "threads_per_worker": 1}
+    images, out, *words = sys.argv[1:]
+    sets = [word for word in words if not word.startswith("--")]
+    start = {word[2:].replace("-", "_"): True for word in words if word.startswith("--")}
+    given = {"images": images, "out": out, "threads_per_worker": 1}
     try:
-        config = load_config(SmallConfig, None, ["shard_size=2", *sets], start)
-        kill_at_replace(int(os.environ.get("KILL_AT_REPLACE", 0)))
-        report = run(config)
+        config = load_config(SmallConfig, None, ["shard_size=2", *sets], given)
+        report = run(config, **start)
     except SaEngineError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -18,8 +18,8 @@ from pycocotools import mask as coco
 from sa_engine.cli import main
 from sa_engine.modeling.sam import load_sam
 from sa_engine.modeling.weights import resolve
+from sa_engine.reader import iter_records
 from sa_engine.records import SOURCES
-from sa_engine.shards import iter_records
 
 QUICK = ("--set=points_per_side=4", "--set=crop_n_layers=0", "--threads-per-worker=1")
 

@@ -130,11 +130,13 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(
         *("auto", "--images", photo_folder, "--out", out, "--dry-run", "--no-images", "-v"),
         *("--config", CONFIGS / "preview.yaml", "--set", "jpeg_quality=80", "--format", "parquet"),
         *("--local", "--limit", 3, "--max-failed", 0, "--precision", "bf16", "--device", "cpu"),
-        *("--num-workers", 2, "--gpus-per-worker", 0.5, "--threads-per-worker", 3),
+        *("--num-workers", 1, "--gpus-per-worker", 0.5, "--threads-per-worker", 3),
+        *("--cpus-per-worker", 1.5, "--wait-for-resources", 9),
         *("--checkpoint", "vit_b", "--ray-address", "auto"),
     )
     assert result.exit_code == 0, result.output
     summary, _, options = result.output.partition("\n\n")
+    assert "1 workers with 3 CPU threads" in summary and "GB free" in summary
     assert "4 images" in summary and "1 .txt" in summary and str(out) in summary
     config = AutoConfig(
         images=str(photo_folder),
@@ -149,8 +151,10 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(
         max_failed=0.0,
         precision="bf16",
         device="cpu",
-        num_workers=2,
+        num_workers=1,
         gpus_per_worker=0.5,
+        cpus_per_worker=1.5,
+        wait_for_resources=9.0,
         threads_per_worker=3,
         checkpoint="vit_b",
         ray_address="auto",

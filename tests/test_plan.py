@@ -1,99 +1,70 @@
-import os
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from sa_engine.listing import COLUMNS
 from sa_engine.plan import (
-    FoundImage,
+    Plan,
+    PlannedImage,
     default_shard_size,
-    list_images,
-    make_shards,
+    make_plan,
+    new_images,
     read_plan,
+    refresh,
     write_plan,
 )
 from sa_engine.storage import RunError
 
 
-def keys(root: Path, **options: Path) -> list[str]:
-    return [image.key for image in list_images(root, **options)[0]]
+def found(names: range) -> pa.Table:
+    rows = [{"key": f"{n:03}.jpg", "size": n, "mtime_ns": n + 10**18} for n in names]
+    return pa.Table.from_pylist(rows, schema=pa.schema(COLUMNS))
 
 
-def test_images_are_found_in_subfolders_and_sorted_and_the_rest_is_counted(
-    photo_folder: Path,
+def numbers(plan: Plan) -> list[list[int]]:
+    return [[image.image_id for image in shard.images] for shard in plan]
+
+
+@pytest.mark.parametrize("row_group", [1 << 16, 1, 2, 3, 5])
+def test_the_plan_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_group: int
 ) -> None:
-    (photo_folder / "notes.TXT").touch()
-    (photo_folder / "README").touch()
-    (photo_folder / ".hidden.jpg").touch()
-    (photo_folder / ".cache").mkdir()
-    (photo_folder / ".cache" / "thumb.jpg").touch()
-    (photo_folder / "more" / "Z.JPG").write_bytes(b"")
-    images, ignored = list_images(photo_folder)
-    assert [image.key for image in images] == [
-        "astronaut.jpg",
-        "chelsea.jpg",
-        "coffee.jpg",
-        "more/Z.JPG",
-        "more/rocket.jpg",
-    ]
-    assert ignored == {".txt": 1, "no suffix": 1, "hidden": 2}
-    status = (photo_folder / "coffee.jpg").stat()
-    assert images[2] == FoundImage("coffee.jpg", status.st_size, status.st_mtime_ns)
+    """However its rows are grouped in the file, and in whatever order shards are asked for."""
+    monkeypatch.setattr("sa_engine.plan._ROW_GROUP", row_group)
+    write_plan(tmp_path / "plan.parquet", make_plan(found(range(7)), 3), tmp_path)
+    plan = read_plan(tmp_path / "plan.parquet")
+    assert [shard.name for shard in plan] == ["sa_000000", "sa_000001", "sa_000002"]
+    assert numbers(plan) == [[1, 2, 3], [4, 5, 6], [7]]
+    assert plan[1].images[0] == PlannedImage(4, "003.jpg", 3, 10**18 + 3)
+    assert [plan[index].index for index in (2, 0, 1)] == [2, 0, 1]
+    assert (len(plan), plan.images, plan.count([0, 2])) == (3, 7, 4)
+    assert plan.sizes([2, 0]).tolist() == [0, 1, 2, 6]
+    assert [plan.shard_of(image_id) for image_id in (0, 1, 3, 4, 7, 8)] == [None, 0, 0, 1, 2, None]
+    with pytest.raises(IndexError):
+        plan[3]
 
 
-def test_links_are_followed_but_never_in_circles(photo_folder: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "x.png").touch()
-    (elsewhere / "back").symlink_to(photo_folder)
-    (photo_folder / "link").symlink_to(elsewhere)
-    (photo_folder / "more" / "up").symlink_to("..")
-    assert keys(photo_folder) == [
-        "astronaut.jpg",
-        "chelsea.jpg",
-        "coffee.jpg",
-        "link/x.png",
-        "more/rocket.jpg",
-    ]
+@pytest.mark.parametrize(("limit", "shards"), [(1, 1), (3, 1), (4, 2), (7, 3), (99, 3), (None, 3)])
+def test_a_limit_takes_whole_shards(limit: int | None, shards: int) -> None:
+    assert Plan(make_plan(found(range(7)), 3)).select(limit) == range(shards)
 
 
-def test_the_output_is_no_input(photo_folder: Path) -> None:
-    assert "more/rocket.jpg" in keys(photo_folder)
-    assert "more/rocket.jpg" not in keys(photo_folder, exclude=photo_folder / "more")
+def test_more_images_get_new_ids_in_new_shards() -> None:
+    before = Plan(make_plan(found(range(7)), 3))
+    new = new_images(found(range(5, 12)), before)
+    assert new.column("key").to_pylist() == [f"{n:03}.jpg" for n in range(7, 12)]
+    after = Plan(make_plan(new, 3, before))
+    assert [after[index] for index in range(3)] == list(before)
+    assert numbers(after)[3:] == [[8, 9, 10], [11, 12]]
+    assert new_images(found(range(12)), after).num_rows == 0
 
 
-def test_odd_names_and_broken_links_are_planned_or_counted(tmp_path: Path) -> None:
-    names = ["a b.jpg", 'it\'s "x".jpg', "line\nbreak.jpg", "фото.jpg", "写真.jpg"]
-    for name in names:
-        (tmp_path / name).touch()
-    (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
-    images, ignored = list_images(tmp_path)
-    assert {image.key for image in images} == {*names, "gone.jpg"}
-    assert ignored == {"name is not UTF-8": 1}
-    plan = tmp_path / "plan.parquet"
-    write_plan(plan, make_shards(images, 4), tmp_path)
-    assert [image.key for shard in read_plan(plan) for image in shard.images] == sorted(
-        [*names, "gone.jpg"]
-    )
-
-
-def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="missing does not exist"):
-        list_images(tmp_path / "missing")
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(RunError, match="notes.txt is not a folder"):
-        list_images(tmp_path / "notes.txt")
-    with pytest.raises(RunError, match=r"no image in .*: 1 other.*\.jpg"):
-        list_images(tmp_path)
-
-
-def test_the_plan_comes_back(tmp_path: Path) -> None:
-    images = [FoundImage(f"{number:02}.jpg", number, number + 10**18) for number in range(7)]
-    shards = make_shards(images, 3)
-    assert [shard.name for shard in shards] == ["sa_000000", "sa_000001", "sa_000002"]
-    assert [image.image_id for shard in shards for image in shard.images] == list(range(1, 8))
-    write_plan(tmp_path / "plan.parquet", shards, tmp_path)
-    assert read_plan(tmp_path / "plan.parquet") == shards
+def test_refreshed_images_keep_their_places() -> None:
+    plan = Plan(refresh(Plan(make_plan(found(range(7)), 3)), {4: (50, 60), 7: (-1, -1)}))
+    assert plan[1].images[0] == PlannedImage(4, "003.jpg", 50, 60)
+    assert plan[2].images[0] == PlannedImage(7, "006.jpg", -1, -1)
+    assert plan[0] == Plan(make_plan(found(range(7)), 3))[0]
 
 
 def test_a_missing_or_damaged_plan_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from sa_engine import progress
 from sa_engine.partial import PartialShard
-from sa_engine.plan import PlannedImage, Shard
 from sa_engine.storage import RunPaths
 
 
@@ -55,14 +54,24 @@ def test_elsewhere_lines_count_what_is_on_disk(
 ) -> None:
     monkeypatch.setattr(progress, "_LINE_S", 0.01)
     monkeypatch.setattr(sys, "stderr", pipe := Pipe())
+    told: list[dict[str, float]] = []
     paths = RunPaths(tmp_path)
-    shards = [Shard(index, (PlannedImage(index, "x", 1, 1),) * 5) for index in (1, 2)]
     PartialShard(paths, "sa_000001").save(1, "{}", b"jpeg")
     PartialShard(paths, "sa_000009").save(1, "{}", b"beyond the limit")
-    with progress.Progress(paths, shards, committed=3) as shown:
+    unfinished = {"sa_000001": 5, "sa_000002": 5}
+    monkeypatch.setattr(progress, "_POLL_S", 0.01)
+    with progress.Progress(paths, unfinished, 3, lambda **known: told.append(known)) as shown:
         pipe.wait_for("4 of 13 images, 0.00 images/s\n")
-        shown.commit("sa_000002", 5)
+        shown.commit("sa_000002")
         pipe.wait_for("9 of 13 images, ")
-        pipe.wait_for(" min left\n")
-    assert shown.reused == 1
+        pipe.wait_for(" s left\n")
     assert "\r" not in pipe.getvalue()
+    assert (told[0]["images_at_start"], told[-1]["images"], told[-1]["total"]) == (4, 9, 13)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (89, "89 s"), (90, "2 min"), (7200, "2.0 h"), (259_200, "3.0 days")],
+)
+def test_durations_are_said_as_a_person_would(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text

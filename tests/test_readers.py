@@ -12,8 +12,8 @@ from PIL import Image
 from pycocotools import mask as coco
 from small_stage import run, small_config
 
+from sa_engine.reader import RunError, iter_records, read_image
 from sa_engine.records import to_sa1b
-from sa_engine.shards import RunError, iter_records, read_image
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,19 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_stage import (
     SmallConfig,
     SmallStage,
@@ -23,13 +27,15 @@ from small_stage import (
 from sa_engine import runner
 from sa_engine.config import AutoConfig, RunConfig
 from sa_engine.errors import TooManyFailures
+from sa_engine.lock import RunLock
 from sa_engine.partial import PartialShard
 from sa_engine.plan import read_plan
 from sa_engine.progress import Interrupted
-from sa_engine.resources import Resources, settle_resources
+from sa_engine.reader import iter_records
+from sa_engine.resources import Node, Resources, settle_resources
 from sa_engine.run_dir import plan_run, start_run
-from sa_engine.shards import ShardStats, iter_records
-from sa_engine.storage import RunError, RunLock, RunPaths, sha256_file
+from sa_engine.shards import ShardStats
+from sa_engine.storage import RunError, RunPaths, sha256_file
 
 KEYS = ["astronaut.jpg", "chelsea.jpg", "coffee.jpg", "more/rocket.jpg"]
 # Children start from a process that has imported everything, so a hundred of them take seconds.
@@ -46,6 +52,11 @@ def data_files(out: Path) -> dict[str, str]:
 def errors(out: Path) -> list[dict[str, Any]]:
     files = sorted(RunPaths(out).errors("x").parent.glob("*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def files_of_run(out: Path) -> list[str]:
+    """Names of the files beside the shards."""
+    return sorted(path.name for path in (out / "_run").rglob("*") if path.is_file())
 
 
 def markers(out: Path) -> list[ShardStats]:
@@ -282,17 +293,91 @@ def test_stages_that_break_their_contract_commit_no_nonsense(
 # Kills
 
 
-@pytest.mark.parametrize("step", ["prepare", "process", "finish"])
-def test_a_killed_driver_blames_no_image(
-    photo_folder: Path, tmp_path: Path, expected: dict[str, str], step: str
+def kill_when(ready: Callable[[], bool], config: SmallConfig) -> None:
+    """Start a driver and kill it once something has come true, or let it end before that."""
+    child = FORKS.Process(target=drive, args=(config,))
+    child.start()
+    while child.is_alive() and not ready():
+        time.sleep(0.002)
+    child.kill()
+    child.join()
+
+
+def held(out: Path) -> list[str]:
+    """Keys that the workers of a run's unfinished shards have in hand."""
+    files = RunPaths(out).partial.glob("*/inflight.json")
+    return [key for file in files for key in json.loads(file.read_bytes())["keys"]]
+
+
+def test_twenty_kills_of_the_driver_on_one_image_never_blame_it(
+    photo_folder: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     out = tmp_path / "out"
-    config = small_config(photo_folder, out, shard_size=2)
-    for _ in range(3):
-        assert in_child(drive, replace(config, kill=f"coffee.jpg:{step}")) == -signal.SIGKILL
-    assert len(markers(out)) == 1
+    config = small_config(photo_folder, out, slow="coffee.jpg")
+    for number in range(20):
+        kill_when(lambda: "coffee.jpg" in held(out), config)
+        if number % 2:  # into the process in which it is tried alone
+            time.sleep(0.3)
+        assert "coffee.jpg" in held(out)
+    assert errors(out) == []
+    report = run(replace(config, slow=None))
+    assert (report.ok, report.failed) == (4, 0)
+    assert data_files(out) == expected
+
+
+@pytest.mark.parametrize("step", ["prepare", "process", "finish"])
+def test_an_image_that_crashes_this_process_crashes_it_once(
+    photo_folder: Path, tmp_path: Path, step: str
+) -> None:
+    """The next run tries it alone in a process of its own; its death is laid to the image."""
+    out = tmp_path / "out"
+    config = small_config(
+        photo_folder, out, shard_size=4, kill=f"coffee.jpg:{step}", max_failed=1.0
+    )
+    assert in_child(drive, config) == -signal.SIGKILL
+    assert errors(out) == []
+    report = run(config)
+    assert (report.ok, report.failed) == (3, 1)
+    assert [(row["key"], row["error"]) for row in errors(out)] == [("coffee.jpg", "WorkerDied")]
+
+
+def test_a_crash_that_does_not_repeat_costs_nothing(
+    photo_folder: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    once = str(tmp_path / "once")
+    config = small_config(photo_folder, out, kill="coffee.jpg:process", kill_once=once)
+    assert in_child(drive, config) == -signal.SIGKILL
     assert run(config).failed == 0
     assert data_files(out) == expected
+
+
+def test_a_run_killed_at_random_ends_with_the_bytes_of_one_that_was_not(
+    photos: list[np.ndarray], tmp_path: Path
+) -> None:
+    """Twenty kills over thirty shards."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(60):
+        photo = Image.fromarray(photos[number % 4]).reduce(8).rotate(number)
+        photo.save(folder / f"{number:02}.jpg")
+    run(small_config(folder, tmp_path / "expected"))
+    expected = data_files(tmp_path / "expected")
+    assert len(expected) == 60
+    out = tmp_path / "out"
+    config = small_config(folder, out, seconds=0.02)
+    generator = random.Random(0)
+    done = set()
+    for _ in range(20):
+        end = time.monotonic() + 0.1 + generator.random() * 0.35
+        kill_when(lambda end=end: time.monotonic() > end, config)
+        assert data_files(out).items() <= expected.items()
+        done.add(len(markers(out)))
+    assert len(done) > 3, f"the kills fell at {done} finished shards"
+    report = run(config)
+    assert (report.ok, report.failed) == (60, 0)
+    assert data_files(out) == expected
+    assert files_of_run(out) == ["plan.parquet", "run.json"]
 
 
 def test_finished_images_of_an_unfinished_shard_are_kept(
@@ -304,7 +389,8 @@ def test_finished_images_of_an_unfinished_shard_are_kept(
     store = PartialShard(RunPaths(out), "sa_000000")
     kept = [image_id for image_id in range(1, 5) if store.load(image_id) is not None]
     assert kept[:2] == [1, 2]
-    (store.folder / "1.jpg").write_bytes(b"cut short by a power failure")
+    done = store.folder / "1.done"
+    done.write_bytes(done.read_bytes()[:-9])  # cut short by a power failure
     # What is taken up again is not the stage's to skip any more.
     report = run(replace(config, skip="chelsea.jpg"))
     assert (report.ok, report.processed) == (4, 4 - len(kept))
@@ -328,8 +414,7 @@ def test_a_kill_between_any_two_files_leaves_the_whole_shard_or_none(
         assert exit_code == -signal.SIGKILL
         assert run(config).failed == 0
         assert data_files(out) == shard
-        left = [path.name for path in RunPaths(out).run.rglob("*") if path.is_file()]
-        assert sorted(left) == ["plan.parquet", "run.json"]
+        assert files_of_run(out) == ["plan.parquet", "run.json"]
     assert fatal > 10, "a shard of two images replaces that many files"
 
 
@@ -510,7 +595,7 @@ def test_too_few_resources_are_told_with_the_numbers(
 ) -> None:
     with pytest.raises(RunError, match="8 workers with 1 CPU threads.*Ray has 2 CPUs.*room for 2"):
         run(on_ray(photo_folder, tmp_path / "out", num_workers=8))
-    with pytest.raises(RunError, match="1 workers .* 1 GPUs each .* 2 CPUs and 0 GPUs"):
+    with pytest.raises(RunError, match="1 workers .* 1 GPUs.* each .* 2 CPUs and 0 GPUs"):
         run(on_ray(photo_folder, tmp_path / "out", gpus_per_worker=1.0))
     assert not (tmp_path / "out").exists()
 
@@ -549,11 +634,11 @@ def test_workers_and_threads_fill_the_nodes(
     settled: Resources,
 ) -> None:
     config = RunConfig(images="images", out="out", **options)
-    assert settle_resources(nodes, config, threads) == settled
+    assert settle_resources([Node(*node) for node in nodes], config, threads) == settled
 
 
 @pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda", 1), ("cpu", 0)])
 def test_a_stage_with_a_model_takes_a_gpu_where_there_is_one(device: str, gpus: float) -> None:
     config = AutoConfig(images="images", out="out", device=device)
-    assert settle_resources([(8, 2)], config, None) == Resources(2, 4, gpus)
-    assert settle_resources([(8, 0)], config, None) == Resources(2, 4, 0)
+    assert settle_resources([Node(8, 2)], config, None) == Resources(2, 4, gpus)
+    assert settle_resources([Node(8, 0)], config, None) == Resources(2, 4, 0)

@@ -9,8 +9,15 @@ from small_stage import mask_record
 
 from sa_engine.partial import Breadcrumbs, Failure, Finished, PartialShard
 from sa_engine.plan import PlannedImage, Shard
+from sa_engine.reader import reopen_shard
 from sa_engine.records import ImageRecord, image_name, mask_id, to_json
-from sa_engine.shards import RunError, ShardStats, commit_shard, read_markers
+from sa_engine.shards import (
+    RunError,
+    ShardStats,
+    commit_shard,
+    committed_shards,
+    read_markers,
+)
 from sa_engine.storage import RunPaths, sha256_file
 
 SHARD = Shard(3, tuple(PlannedImage(number, f"{number}.png", 1, 1) for number in (9, 10, 11)))
@@ -56,7 +63,8 @@ def test_a_commit_accounts_for_every_image_and_leaves_only_the_shard(paths: RunP
     stats = commit_shard(paths, SHARD, BOTH, 1.5)
     assert (stats.planned, stats.ok, stats.skipped, stats.failed) == (3, 2, 0, 1)
     assert stats.masks == 4
-    assert read_markers(paths, [SHARD]) == {"sa_000003": stats}
+    assert committed_shards(paths) == {3}
+    assert read_markers(paths, range(9)) == {3: stats}
     assert sorted(path.name for path in paths.out.iterdir()) == [
         "_run",
         "sa_000003.json",
@@ -124,12 +132,12 @@ def test_a_shard_of_failures_has_empty_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("9.json", None),
-        ("9.json", b""),
-        ("9.json", b'{"record": "{}", "jpeg_sha256": null}'),
-        ("9.jpg", None),
-        ("9.jpg", b"jpeg"),
-        ("11.error.json", b'{"key": "11.png"'),
+        ("9.done", None),
+        ("9.done", b""),
+        ("9.done", b'{"record": "{}", "jpeg_sha256": null}'),
+        ("9.done", b"one byte less"),
+        ("9.done", bytes(1000)),
+        ("11.failed", b'{"key": "11.png"'),
     ],
 )
 def test_damaged_leftovers_count_as_not_done_and_commit_nothing(
@@ -137,10 +145,13 @@ def test_damaged_leftovers_count_as_not_done_and_commit_nothing(
 ) -> None:
     store = PartialShard(paths, SHARD.name)
     assert isinstance(store.load(9), Finished)
+    file = store.folder / name
     if damage is None:
-        (store.folder / name).unlink()
+        file.unlink()
+    elif damage == b"one byte less":
+        file.write_bytes(file.read_bytes()[:-1])
     else:
-        (store.folder / name).write_bytes(damage)
+        file.write_bytes(damage)
     assert store.load(int(name.partition(".")[0])) is None
     with pytest.raises(RunError, match="sa_000003 .* of 3 planned images"):
         commit_shard(paths, SHARD, BOTH, 0)
@@ -153,7 +164,7 @@ def test_finished_images_come_back_whole(paths: RunPaths, small_photo: np.ndarra
     assert store.load(11) == FAILED
     assert store.load(12) is None
     Breadcrumbs(store, "session").hold(["9.png"])
-    assert store.count() == 3
+    assert store.ended() == {9, 10, 11}
 
 
 def test_the_marker_comes_back(paths: RunPaths) -> None:
@@ -171,3 +182,40 @@ def test_breadcrumbs_count_deaths_of_one_session_only(tmp_path: Path) -> None:
         assert breadcrumbs.deaths == {"a": 1, "b": expected}
         breadcrumbs.hold(["b"])
     assert not Breadcrumbs(store, "second").deaths
+
+
+def test_a_reopened_shard_holds_all_but_its_failures(
+    paths: RunPaths, small_photo: np.ndarray
+) -> None:
+    before = commit_shard(paths, SHARD, BOTH, 0)
+    assert reopen_shard(paths, SHARD) == {11: 1}
+    store = PartialShard(paths, SHARD.name)
+    assert store.ended() == {9, 10}
+    assert store.load(9) == Finished(record(9, small_photo), b"jpeg 9")
+    assert committed_shards(paths) == set()
+    store.fail(replace(FAILED, attempts=2))
+    assert commit_shard(paths, SHARD, BOTH, 0).files == before.files
+
+
+def test_a_reopened_shard_keeps_what_was_skipped_and_loses_old_errors(
+    tmp_path: Path, small_photo: np.ndarray
+) -> None:
+    paths = RunPaths(tmp_path)
+    fill(paths, small_photo, SKIPPED)
+    commit_shard(paths, SHARD, ("tar",), 0)
+    assert reopen_shard(paths, SHARD) == {}
+    store = PartialShard(paths, SHARD.name)
+    assert store.load(11) == SKIPPED
+    (store.folder / "11.failed").unlink()
+    store.save(11, to_json(record(11, small_photo)), b"jpeg 11")
+    assert commit_shard(paths, SHARD, ("tar",), 0).ok == 3
+    assert not paths.errors(SHARD.name).exists()
+
+
+def test_a_damaged_shard_is_not_reopened(paths: RunPaths) -> None:
+    commit_shard(paths, SHARD, BOTH, 0)
+    tar = paths.out / "sa_000003.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"jpeg 9", b"jpeg 8"))
+    with pytest.raises(RunError, match=r"sa_000003\.tar was changed"):
+        reopen_shard(paths, SHARD)
+    assert committed_shards(paths) == {3}

@@ -63,6 +63,14 @@ def find(checkpoint: str) -> Path | None:
     return _look_in_cache(MODELS[checkpoint])[0] if checkpoint in MODELS else None
 
 
+def size_of(checkpoint: str) -> int:
+    """Bytes of a checkpoint file or of a known model's; 0 for what is neither. Fetches nothing."""
+    path = Path(checkpoint).expanduser()
+    if path.is_file():
+        return path.stat().st_size
+    return MODELS[checkpoint].size_bytes if checkpoint in MODELS else 0
+
+
 def resolve(checkpoint: str, progress: bool = False) -> Path:
     """The file that `--checkpoint` means: a FILE that exists, else a model NAME, pulled.
 

@@ -1,0 +1,130 @@
+"""Finished shards, read back: records, pictures, failures; or taken apart to be retried."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+
+from sa_engine.partial import Failure, PartialShard
+from sa_engine.plan import Shard, read_plan, shard_name
+from sa_engine.records import ImageRecord, from_sa1b, from_table, image_name, to_json
+from sa_engine.shards import ShardStats, read_markers
+from sa_engine.storage import AnyPath, RunError, RunPaths, sha256_file
+
+
+def read_failures(paths: RunPaths, name: str) -> list[Failure]:
+    """The images of a committed shard that failed or were skipped."""
+    try:
+        lines = paths.errors(name).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [Failure(**json.loads(line)) for line in lines]
+
+
+def reopen_shard(paths: RunPaths, shard: Shard) -> dict[int, int]:
+    """Make a committed shard unfinished again, so that its failed images can be retried.
+
+    Its finished and skipped images go back into its `PartialShard`, then its marker is removed. A
+    kill in between leaves it committed.
+
+    Returns:
+        How often each failed image has been tried, by id.
+
+    Raises:
+        RunError: a file of the shard is not what its marker says.
+    """
+    stats = ShardStats.from_json(paths.marker(shard.name).read_bytes())
+    for name, file in stats.files.items():
+        if sha256_file(paths.out / name) != file["sha256"]:
+            raise RunError(f"{paths.out / name} was changed: its sha256 is not its marker's")
+    store = PartialShard(paths, shard.name)
+    store.remove()
+    failures = read_failures(paths, shard.name)
+    for failure in failures:
+        if failure.status == "skipped":
+            store.fail(failure)
+    for record, jpeg in _contents(paths.out, shard, stats):
+        store.save(record.image_id, to_json(record), jpeg)
+    paths.marker(shard.name).unlink()
+    return {f.image_id: f.attempts for f in failures if f.status == "failed"}
+
+
+def iter_records(out: AnyPath) -> Iterator[ImageRecord]:
+    """All records of a run's committed shards, in the order of their ids.
+
+    They come from the Parquet files; where a run has none, from the tars, which know no sha256 and
+    no field beyond SA-1B's. Raises RunError if `out` holds no run.
+    """
+    paths = RunPaths(out)
+    plan = read_plan(paths.plan)
+    markers = read_markers(paths, range(len(plan)))
+    for index, stats in markers.items():
+        yield from shard_records(out, plan[index], stats)
+
+
+def shard_records(out: AnyPath, shard: Shard, stats: ShardStats) -> Iterator[ImageRecord]:
+    """The records of one committed shard, as `iter_records` gives them."""
+    if f"{shard.name}.parquet" in stats.files:
+        with (
+            (out / f"{shard.name}.parquet").open("rb") as handle,
+            pq.ParquetFile(handle) as file,
+        ):
+            for group in range(file.num_row_groups):
+                yield from from_table(file.read_row_group(group))
+    else:
+        yield from _records_of_tar(out, shard)
+
+
+def read_image(out: AnyPath, image_id: int) -> bytes:
+    """The JPEG file of a released image. Raises RunError if the run has none with this id."""
+    plan = read_plan(RunPaths(out).plan)
+    index = plan.shard_of(image_id)
+    path = None if index is None else out / f"{shard_name(index)}.tar"
+    if path is not None and path.exists():
+        with open_tar(path) as archive:
+            if image_name(image_id) in archive.getnames():
+                return read_member(archive, image_name(image_id))
+    raise RunError(
+        f"{out} has no picture of image {image_id}: it is not planned or not done, it failed "
+        "(see _run/errors there), or the run leaves pictures out"
+    )
+
+
+def _contents(
+    out: AnyPath, shard: Shard, stats: ShardStats
+) -> Iterator[tuple[ImageRecord, bytes | None]]:
+    """A committed shard's records, with their pictures if it has any."""
+    with ExitStack() as stack:
+        pictures: set[str] = set()
+        if f"{shard.name}.tar" in stats.files:
+            archive = stack.enter_context(open_tar(out / f"{shard.name}.tar"))
+            pictures = {name for name in archive.getnames() if name.endswith(".jpg")}
+        for record in shard_records(out, shard, stats):
+            name = image_name(record.image_id)
+            yield record, read_member(archive, name) if name in pictures else None
+
+
+def _records_of_tar(out: AnyPath, shard: Shard) -> Iterator[ImageRecord]:
+    keys = {image.image_id: image.key for image in shard.images}
+    with open_tar(out / f"{shard.name}.tar") as archive:
+        for name in archive.getnames():
+            if name.endswith(".json"):
+                record = from_sa1b(json.loads(read_member(archive, name)))
+                yield replace(record, source_path=keys[record.image_id])
+
+
+@contextmanager
+def open_tar(path: AnyPath) -> Iterator[tarfile.TarFile]:
+    """A tar to read, wherever it lies."""
+    with path.open("rb") as file, tarfile.open(fileobj=file) as archive:
+        yield archive
+
+
+def read_member(archive: tarfile.TarFile, name: str) -> bytes:
+    """All bytes of a file in a tar."""
+    file = archive.extractfile(name)
+    assert file is not None, f"{name} is not a file"
+    return file.read()
