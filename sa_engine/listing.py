@@ -35,6 +35,14 @@ def list_images(root: AnyPath, exclude: AnyPath | None = None) -> tuple[pa.Table
     Raises:
         RunError: no such folder, or no image in it.
     """
+    try:
+        return _list_images(root, exclude)
+    except OSError as error:
+        detail = error.strerror or " ".join(str(error).split())
+        raise RunError(f"images folder {root} cannot be listed: {detail}") from None
+
+
+def _list_images(root: AnyPath, exclude: AnyPath | None) -> tuple[pa.Table, dict[str, int]]:
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "does not exist"
         raise RunError(f"images folder {root} {found}: --images takes a folder of photos")

@@ -17,6 +17,7 @@ from sa_engine.errors import SaEngineError
 
 # They put whole objects or none, and have no folders that would have to be made.
 _OBJECT_STORES = ("s3", "gcs", "abfs")
+_SMALL_FILES_AT_ONCE = {"s3": "allow_delayed_open=true"}
 # A store that does not answer for a minute is no reason to end a run of weeks.
 _FINAL = re.compile(
     "ACCESS_DENIED|NO_SUCH|INVALID|SIGNATURE|FORBIDDEN|Unauthenticated", re.IGNORECASE
@@ -24,9 +25,8 @@ _FINAL = re.compile(
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
-    known = isinstance(error, FileNotFoundError | PermissionError | FileExistsError)
-    return isinstance(error, OSError) and not known and not _FINAL.search(str(error))
+    """Whether the same request may succeed a little later: what has an errno is not the network."""
+    return isinstance(error, OSError) and error.errno is None and not _FINAL.search(str(error))
 
 
 _patiently = tenacity.retry(
@@ -64,17 +64,19 @@ class RemotePath:
         from pyarrow import fs
 
         parts = urlsplit(uri)
-        encoded = parts._replace(path=quote(parts.path, safe="/%")).geturl()
+        host = parts.netloc.rpartition("@")[2]
+        # A small file is one request rather than the three of a multipart upload.
+        query = "&".join(filter(None, [parts.query, _SMALL_FILES_AT_ONCE.get(parts.scheme)]))
+        encoded = parts._replace(path=quote(parts.path, safe="/%"), query=query).geturl()
         try:
             self._fs, self._path = fs.FileSystem.from_uri(encoded)
         except (pa.ArrowException, OSError, ValueError) as error:
-            detail = " ".join(str(error).split())
-            raise LocationError(
-                f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: {detail}"
-            ) from None
+            shown = f"{parts.scheme}://{host}{parts.path}"
+            detail = " ".join(str(error).replace(encoded, shown).split())
+            raise LocationError(f"{shown}: {detail}") from None
         self._path = self._path.rstrip("/")
         self._uri = uri
-        self._base = f"{parts.scheme}://{'' if self._is_store() else parts.netloc}"
+        self._base = f"{parts.scheme}://{'' if self._is_store() else host}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open the file system anew in another process, with that machine's credentials."""

@@ -28,7 +28,7 @@ from sa_engine.resources import (
 )
 from sa_engine.run_dir import PlannedRun, images_folder, open_run, plan_run
 from sa_engine.shards import ShardStats, committed_shards, read_markers
-from sa_engine.storage import RunError, RunPaths, location, sweep
+from sa_engine.storage import RunError, RunPaths, location, sweep, told_if_output_fails
 from sa_engine.worker import ShardWorker, SkipImage, Stage, StageWorker, WorkerSpec
 
 __all__ = [
@@ -122,16 +122,26 @@ def run(
         TooManyFailures: it is finished, but more images failed than `config.max_failed` allows.
         Interrupted: SIGINT or SIGTERM.
     """
-    began = time.monotonic()
     paths = _paths(config)
+    try:
+        with told_if_output_fails(paths), stop_on_signals():
+            return _run(paths, stage, config, identity, start)
+    except StopSignal as stop:
+        raise Interrupted(_stopped(paths, config), stop.signum) from None
+
+
+def _run(
+    paths: RunPaths,
+    stage: Stage,
+    config: RunConfig,
+    identity: Callable[[], Mapping[str, str]],
+    start: Start,
+) -> Report:
+    began = time.monotonic()
     planned = None if start.overwrite else open_run(paths, stage.name, config)
     processed = 0
     if start != RESUME or planned is None or _todo(paths, planned.plan, config, start):
-        try:
-            with stop_on_signals():
-                planned, processed = _work(paths, stage, config, identity, start)
-        except StopSignal as stop:
-            raise Interrupted(_stopped(paths, config), stop.signum) from None
+        planned, processed = _work(paths, stage, config, identity, start)
     chosen = planned.plan.select(config.limit)
     report = make_report(
         paths,

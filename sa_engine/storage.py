@@ -168,17 +168,18 @@ def sweep(folder: AnyPath) -> None:
 
 
 @contextmanager
-def told_if_disk_fails(paths: RunPaths) -> Iterator[None]:
-    """Turn what a full or broken disk raises into an OutputError that names the output."""
+def told_if_output_fails(paths: RunPaths) -> Iterator[None]:
+    """Turn what a full disk or a silent store raises into an OutputError that names the output."""
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_ERRORS or isinstance(paths.out, RemotePath):
-            raise OutputError(
-                f"cannot write to the output {paths.out}: {error.strerror or error}; what is "
-                "finished is kept: make room, then run the same command again"
-            ) from None
-        raise
+        if error.errno not in _DISK_ERRORS and isinstance(paths.out, Path):
+            raise
+        detail = error.strerror or " ".join(str(error).split())
+        raise OutputError(
+            f"cannot read or write the output {paths.out}: {detail}; what is finished is kept: "
+            "mend that, then run the same command again"
+        ) from None
 
 
 def _sync(path: Path) -> None:

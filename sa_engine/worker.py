@@ -20,7 +20,7 @@ from sa_engine.plan import PlannedImage, Shard
 from sa_engine.reader import reopen_shard
 from sa_engine.records import ImageRecord, to_json
 from sa_engine.shards import ShardStats, commit_shard
-from sa_engine.storage import AnyPath, RunError, RunPaths, told_if_disk_fails
+from sa_engine.storage import AnyPath, RunError, RunPaths, told_if_output_fails
 
 _FATAL_DEATHS = 2
 _FATAL_DEATHS_OUTSIDE = 5
@@ -108,7 +108,7 @@ class ShardWorker:
         """
         start = time.monotonic()
         paths = self._spec.paths
-        with told_if_disk_fails(paths):
+        with told_if_output_fails(paths):
             self.check_driver()
             attempts: Mapping[int, int] = {}
             if paths.marker(shard.name).exists():

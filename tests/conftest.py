@@ -1,11 +1,17 @@
 """Shared fixtures: real photos, at the sizes that keep the suite fast."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports ray, as the runner does.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
+# For the S3 server on loopback; without the second line the client looks for Amazon's own network.
+os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY="tests")
+os.environ.update(AWS_EC2_METADATA_DISABLED="true")
 # Child processes and Ray's workers import the checkout and the tests' own stage.
 os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(__file__).parents[up]) for up in (1, 0))
 
@@ -71,3 +77,29 @@ def ray_address() -> Iterator[str]:
     )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """An S3 server on loopback: gives the URI of a folder in its one bucket."""
+    from pyarrow.fs import FileSystem
+
+    log = tmp_path_factory.mktemp("s3") / "log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        while b"Running on http://" not in log.read_bytes():
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.05)
+        address = log.read_text().partition("Running on http://")[2].split()[0]
+        query = f"endpoint_override=http://{address}&region=us-east-1"
+        uri = f"s3://bucket?{query}&allow_bucket_creation=true"
+        FileSystem.from_uri(uri)[0].create_dir("bucket")
+        yield lambda folder: f"s3://bucket/{folder}?{query}"
+    finally:
+        server.kill()
+        server.wait()

@@ -26,6 +26,7 @@ from sa_engine.errors import SaEngineError
 from sa_engine.options import option
 from sa_engine.plan import PlannedImage, read_plan
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
+from sa_engine.remote import RemotePath
 from sa_engine.storage import RunPaths
 from sa_engine.worker import ShardWorker, WorkerSpec
 
@@ -125,7 +126,7 @@ def mask_record(number: int, mask: np.ndarray) -> MaskRecord:
     )
 
 
-def small_config(images: Path, out: Path, **options: Any) -> SmallConfig:
+def small_config(images: Path | str, out: Path | str, **options: Any) -> SmallConfig:
     given = {"local": True, "shard_size": 2, "threads_per_worker": 1, **options}
     return SmallConfig(images=str(images), out=str(out), **given)
 
@@ -179,17 +180,21 @@ def main() -> None:
 
 
 def kill_at_replace(number: int) -> None:
-    """Kill this process just before its `number`-th `os.replace`; 0: never."""
+    """Kill this process just before it puts its `number`-th file in place; 0: never."""
     if not number:
         return
-    replace, calls = os.replace, iter(range(1, 1 << 20))
+    calls = iter(range(1, 1 << 20))
 
-    def replace_or_die(*paths: Any) -> None:
-        if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*paths)
+    def or_die(function: Any) -> Any:
+        def call(*inputs: Any) -> Any:
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*inputs)
 
-    os.replace = replace_or_die
+        return call
+
+    os.replace = or_die(os.replace)
+    RemotePath.put = or_die(RemotePath.put)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from sa_engine.reader import iter_records
 from sa_engine.resources import Node, Resources, settle_resources
 from sa_engine.run_dir import plan_run, start_run
 from sa_engine.shards import ShardStats
-from sa_engine.storage import RunError, RunPaths, sha256_file
+from sa_engine.storage import AnyPath, RunError, RunPaths, list_names, sha256_file
 
 KEYS = ["astronaut.jpg", "chelsea.jpg", "coffee.jpg", "more/rocket.jpg"]
 # Children start from a process that has imported everything, so a hundred of them take seconds.
@@ -43,10 +43,10 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["small_stage"])
 
 
-def data_files(out: Path) -> dict[str, str]:
+def data_files(out: AnyPath) -> dict[str, str]:
     """Sha256 of every tar and Parquet file."""
-    paths = [*out.glob("*.tar"), *out.glob("*.parquet")]
-    return {path.name: sha256_file(path) for path in sorted(paths)}
+    names = sorted(name for name in list_names(out) if name.endswith((".tar", ".parquet")))
+    return {name: sha256_file(out / name) for name in names}
 
 
 def errors(out: Path) -> list[dict[str, Any]]:
