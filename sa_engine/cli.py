@@ -1,7 +1,9 @@
 """The command line: each command reads its options, calls one function, and prints its report."""
 
 import importlib
+import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -16,6 +18,7 @@ from sa_engine.options import help_text
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _INTERRUPTED = 130
+_WATCH_S, _WATCH_LOG_S = 2.0, 30.0
 
 
 class _Group(click.Group):
@@ -162,6 +165,89 @@ def show(run: str, dest: Path, ids: tuple[int, ...], count: int) -> None:
 
     *drawn, sheet = pictures.show(location(run), dest, ids, count)
     click.echo(f"{len(drawn)} pictures in {dest}, all of them on {sheet}")
+
+
+@main.command()
+@click.argument("run", metavar="OUT")
+@click.option("--watch", is_flag=True, help="Look again and again until nothing runs there.")
+@click.option("--json", "as_json", is_flag=True, help="All numbers as a line of JSON.")
+def status(run: str, watch: bool, as_json: bool) -> None:
+    """Say how far a run is: done, running, failed, speed and time left."""
+    from sa_engine.status import read_status
+    from sa_engine.storage import location
+
+    out = location(run)
+    terminal = sys.stdout.isatty() and not as_json
+    while True:
+        found = read_status(out)
+        if watch and terminal:
+            click.clear()
+        click.echo(json.dumps(found.to_dict()) if as_json else found)
+        if not watch or found.state != "running":
+            return
+        if not (terminal or as_json):
+            click.echo()
+        time.sleep(_WATCH_S if terminal else _WATCH_LOG_S)
+
+
+@main.command()
+@click.argument("run", metavar="OUT")
+@click.option("--list", "listed", is_flag=True, help="Every image with its reason.")
+@click.option("--json", "as_json", is_flag=True, help="Every image as a line of JSON.")
+def errors(run: str, listed: bool, as_json: bool) -> None:
+    """Say which images failed or were skipped, and why."""
+    from sa_engine import failures
+    from sa_engine.storage import location
+
+    found = failures.list_failures(location(run))
+    if as_json:
+        for failure in found:
+            click.echo(json.dumps(vars(failure)))
+    elif listed:
+        for failure in found:
+            click.echo(f"{failure.status}\t{failures.printable(failure.key)}\t{failure.message}")
+    elif found:
+        click.echo(failures.table(failures.by_reason(found)))
+        click.echo("\nsa-engine errors --list names every image; --retry-failed tries them again")
+    else:
+        click.echo("no image has failed or was skipped")
+
+
+@main.command()
+@click.argument("run", metavar="OUT")
+@click.option("--num-workers", type=click.IntRange(min=1), help="Processes; default: all cores.")
+def verify(run: str, num_workers: int | None) -> None:
+    """Check a run's finished shards: hashes, masks, ids, tar against Parquet.
+
+    The exit code is 1 if anything is wrong.
+    """
+    from sa_engine.storage import location
+    from sa_engine.verify import verify as check
+
+    found = check(location(run), num_workers, progress=sys.stderr.isatty())
+    click.echo(found)
+    if found.problems:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("run", metavar="OUT")
+@click.option(
+    "--holdout", type=click.IntRange(min=1), required=True, metavar="N", help="Images to hold out."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Another seed, another split.")
+def split(run: str, holdout: int, seed: int) -> None:
+    """Hold out random images for testing; no model may be trained on them.
+
+    The split is written to OUT/holdout.json. It depends on the images' content, so that it stays
+    the same when others are added; called again, it takes in their share of them.
+    """
+    from sa_engine.holdout import split as hold_out
+    from sa_engine.storage import location
+
+    out = location(run)
+    held_out = hold_out(out, holdout, seed)
+    click.echo(f"{len(held_out.images)} images held out: {out / 'holdout.json'}")
 
 
 @main.group()

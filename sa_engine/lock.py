@@ -116,9 +116,9 @@ class RunLock:
 
     def _refuse_if_held(self) -> None:
         """Raise RunError if the lock names a run that may still live."""
-        if self._steal or not is_live(self._paths):
+        if self._steal or not is_live(self._paths, probe=True):
             return
-        silent = silence(self._paths)
+        silent = silence(self._paths, probe=True)
         raise RunError(
             self._held(
                 f"its last sign of life is {silent:.0f} s old; it counts as dead after "
@@ -176,11 +176,10 @@ def read_heartbeat(paths: RunPaths) -> dict[str, Any]:
     return _read_json(paths.heartbeat)
 
 
-def is_live(paths: RunPaths) -> bool:
+def is_live(paths: RunPaths, probe: bool = False) -> bool:
     """Whether the process that the lock names lives, as far as can be told from here.
 
-    Writes nothing: a heartbeat of another host is measured by our own clock, unless `_refuse_if_held`
-    has to know better.
+    Of another host it is its heartbeat that tells; `probe` as for `silence`.
     """
     holder = read_lock(paths)
     if not holder:
@@ -191,18 +190,22 @@ def is_live(paths: RunPaths) -> bool:
             return abs(process.create_time() - holder["born"]) < 1
         except (psutil.NoSuchProcess, KeyError):
             return False
-    return silence(paths) < _DEAD_AFTER_S
+    return silence(paths, probe) < _DEAD_AFTER_S
 
 
-def silence(paths: RunPaths) -> float:
-    """Seconds since the last heartbeat, by the clock of the file system that holds it."""
-    clock = paths.run / _CLOCK
-    try:
+def silence(paths: RunPaths, probe: bool) -> float:
+    """Seconds since the last heartbeat.
+
+    Args:
+        paths: of the run.
+        probe: write a file to read the clock of the file system, which may differ from ours.
+    """
+    now = time.time()
+    if probe:
+        clock = paths.run / _CLOCK
         atomic_write(clock, b"", durable=False)
         now = modified(clock)
         clock.unlink(missing_ok=True)
-    except OSError:  # a look at a folder that we cannot write
-        now = time.time()
     for sign in (paths.heartbeat, paths.lock):
         try:
             return max(0.0, now - modified(sign))

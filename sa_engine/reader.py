@@ -4,7 +4,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
@@ -76,6 +76,34 @@ def shard_records(out: AnyPath, shard: Shard, stats: ShardStats) -> Iterator[Ima
                 yield from from_table(file.read_row_group(group))
     else:
         yield from _records_of_tar(out, shard)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a finished image comes from; the fields are those of its `ImageRecord`."""
+
+    image_id: int
+    sha256: str | None
+    source_path: str | None
+
+
+def iter_sources(out: AnyPath) -> Iterator[Source]:
+    """Where the images of a run's committed shards come from, without reading their masks.
+
+    Raises RunError if `out` holds no run.
+    """
+    paths = RunPaths(out)
+    plan = read_plan(paths.plan)
+    for index, stats in read_markers(paths, range(len(plan))).items():
+        name = f"{shard_name(index)}.parquet"
+        if name not in stats.files:
+            for record in _records_of_tar(out, plan[index]):
+                yield Source(record.image_id, record.sha256, record.source_path)
+            continue
+        with (out / name).open("rb") as file:
+            columns = ["image_id", "sha256", "source_path"]
+            for row in pq.read_table(file, columns=columns).to_pylist():
+                yield Source(**row)
 
 
 def read_image(out: AnyPath, image_id: int) -> bytes:

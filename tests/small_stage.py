@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,12 @@ def run(config: SmallConfig, **start: bool) -> runner.Report:
     return runner.run(SmallStage(), config, identity, runner.Start(**start))
 
 
-def drive(config: SmallConfig, fatal_replace: int = 0) -> None:
+def drive(
+    config: SmallConfig, fatal_replace: int = 0, start: Mapping[str, bool] | None = None
+) -> None:
     """Run in a process that may die."""
     kill_at_replace(fatal_replace)
-    run(config)
+    run(config, **(start or {}))
 
 
 def drive_on_small_disk(config: SmallConfig, limit: int, killed: bool) -> None:
