@@ -8,6 +8,7 @@ files are neither atomic nor equal between runs, and Ray Data's checkpoints save
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from sa_engine.storage import OutputError, RunError
 from sa_engine.worker import ShardWorker, WorkerSpec
 
 _WAIT_POLL_S = 2.0
+_REACH_S = 10.0
 
 
 @contextmanager
@@ -43,6 +45,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
     ours = not ray.is_initialized()
     if ours:
         address = config.ray_address or os.environ.get("RAY_ADDRESS")
+        _check_reachable(address)
         try:
             ray.init(
                 address=address,
@@ -145,6 +148,20 @@ class _RayWorker:
         except SaEngineError as error:  # as a row: Ray would wrap it into a page of traceback
             return {"stats": [""], "error": [str(error)], "exit_code": [error.exit_code]}
         return {"stats": [stats.to_json()], "error": [""], "exit_code": [0]}
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise RunError if nothing listens at host:port: Ray itself would try for many minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):  # "auto" and "local" answer by themselves
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+    except OSError as error:
+        raise RunError(
+            f"cannot reach Ray at {address}: {error.strerror or error}; `ray start --head` says the "
+            "address of the cluster that it starts"
+        ) from None
 
 
 def _nodes() -> list[Node]:
