@@ -1,7 +1,8 @@
 """The finished images of unfinished shards: what a killed run leaves for its successor.
 
-A finished image is one file: a line of JSON, then its picture if pictures are released. It is
-checked when it is read, so writing it need not wait for the disk.
+A finished image is one file: a line of JSON that says how long the parts are, then its row of
+Parquet, its SA-1B JSON and its picture, ready to be put together to a shard. It is checked when it
+is read, so writing it need not wait for the disk.
 """
 
 import hashlib
@@ -10,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sa_engine.records import ImageRecord, RecordError, from_json
+import pyarrow as pa
+
+from sa_engine.records import ImageRecord, sa1b_json, to_table
 from sa_engine.storage import RunPaths, atomic_write, list_names, sweep
 
 _FINISHED, _FAILED = ".done", ".failed"
@@ -42,10 +45,61 @@ class Failure:
 
 @dataclass(frozen=True)
 class Finished:
-    """An image's record and, if pictures are released, its JPEG file."""
+    """A finished image in the parts of which shards are made.
 
-    record: ImageRecord
+    Attributes:
+        row: its record, one row of `records.ARROW_SCHEMA`.
+        sa1b: its record as SA-1B's JSON.
+        jpeg: its picture, if pictures are released.
+    """
+
+    row: pa.Table
+    sa1b: bytes
     jpeg: bytes | None
+
+    @property
+    def image_id(self) -> int:
+        """From its row."""
+        return self.row.column("image_id")[0].as_py()
+
+    @property
+    def masks(self) -> int:
+        """Number of its masks."""
+        return len(self.row.column("masks").chunk(0).values)
+
+
+def pack(record: ImageRecord, jpeg: bytes | None) -> bytes:
+    """The content of a finished image's file.
+
+    Raises RecordError or ValueError for a record that cannot be written.
+    """
+    row = to_table([record])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, row.schema) as writer:
+        writer.write_table(row)
+    parts = [sink.getvalue().to_pybytes(), sa1b_json(record), jpeg]
+    body = b"".join(part or b"" for part in parts)
+    head = {
+        "sizes": [None if part is None else len(part) for part in parts],
+        "sha256": hashlib.sha256(body).hexdigest(),
+    }
+    return json.dumps(head).encode() + b"\n" + body
+
+
+def unpack(content: bytes) -> Finished:
+    """The inverse of `pack`. Raises ValueError if the content is damaged."""
+    head, _, body = content.partition(b"\n")
+    try:
+        described = json.loads(head)
+        sizes, sha256 = described["sizes"], described["sha256"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    if hashlib.sha256(body).hexdigest() != sha256:
+        raise ValueError("the sha256 is another")
+    row_end, sa1b_end = sizes[0], sizes[0] + sizes[1]
+    with pa.ipc.open_stream(body[:row_end]) as reader:
+        row = reader.read_all()
+    return Finished(row, body[row_end:sa1b_end], None if sizes[2] is None else body[sa1b_end:])
 
 
 class PartialShard:
@@ -54,10 +108,9 @@ class PartialShard:
     def __init__(self, paths: RunPaths, shard: str) -> None:
         self.folder = paths.partial / shard
 
-    def save(self, image_id: int, record: str, jpeg: bytes | None) -> None:
-        """Store a finished image: its record as `records.to_json` writes it, and its picture."""
-        head = {"record": record, "jpeg_sha256": _sha256(jpeg)}
-        self._write(f"{image_id}{_FINISHED}", json.dumps(head).encode() + b"\n" + (jpeg or b""))
+    def save(self, image_id: int, content: bytes) -> None:
+        """Store a finished image as `pack` makes it."""
+        self._write(f"{image_id}{_FINISHED}", content)
 
     def fail(self, failure: Failure) -> None:
         """Store an image that ended without a record."""
@@ -66,21 +119,14 @@ class PartialShard:
     def load(self, image_id: int) -> Finished | Failure | None:
         """How an image ended; None if it has not, or if its file is damaged."""
         try:
-            failure = self._read(f"{image_id}{_FAILED}")
-            if failure is not None:
-                return Failure(**json.loads(failure))
             content = self._read(f"{image_id}{_FINISHED}")
             if content is None:
-                return None
-            head, _, picture = content.partition(b"\n")
-            described = json.loads(head)
-            record = from_json(described["record"])
-            jpeg = None if described["jpeg_sha256"] is None else picture
-        except (ValueError, KeyError, TypeError, RecordError):
+                failure = self._read(f"{image_id}{_FAILED}")
+                return None if failure is None else Failure(**json.loads(failure))
+            finished = unpack(content)
+        except (ValueError, TypeError):
             return None
-        if _sha256(jpeg) != described["jpeg_sha256"] or record.image_id != image_id:
-            return None
-        return Finished(record, jpeg)
+        return finished if finished.image_id == image_id else None
 
     def ended(self) -> set[int]:
         """Ids of the images that have ended, unchecked."""
@@ -137,7 +183,3 @@ class Breadcrumbs:
         """Say that these images, and no others, are in hand from now on."""
         content = {"session": self._session, "keys": list(keys), "deaths": self.deaths}
         atomic_write(self._path, json.dumps(content).encode(), durable=False)
-
-
-def _sha256(data: bytes | None) -> str | None:
-    return None if data is None else hashlib.sha256(data).hexdigest()

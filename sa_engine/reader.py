@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
-from sa_engine.partial import Failure, PartialShard
+from sa_engine.partial import Failure, PartialShard, pack
 from sa_engine.plan import Shard, read_plan, shard_name
-from sa_engine.records import ImageRecord, from_sa1b, from_table, image_name, to_json
+from sa_engine.records import ImageRecord, from_sa1b, from_table, image_name
 from sa_engine.shards import ShardStats, read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, sha256_file
 
@@ -47,7 +47,7 @@ def reopen_shard(paths: RunPaths, shard: Shard) -> dict[int, int]:
         if failure.status == "skipped":
             store.fail(failure)
     for record, jpeg in _contents(paths.out, shard, stats):
-        store.save(record.image_id, to_json(record), jpeg)
+        store.save(record.image_id, pack(record, jpeg))
     paths.marker(shard.name).unlink()
     return {f.image_id: f.attempts for f in failures if f.status == "failed"}
 

@@ -15,9 +15,9 @@ from sa_engine.plan import Plan
 from sa_engine.storage import RunError, RunPaths
 
 _CORES_PER_WORKER = 4
-# Of a photo's size, at least this much comes out as a released image with its masks: a fifth, and
-# never more than 300 kB (docs/scale.md, "What a photo leaves on disk").
-_LEAST_SHARE_WRITTEN = 0.2
+# Of a photo's size, at least this much comes out as a released image: a seventh, and never more than
+# 300 kB (docs/scale.md, "On disk").
+_LEAST_SHARE_WRITTEN = 0.15
 _LEAST_WRITTEN_CAP = 300_000
 _CGROUP_MEMORY = "/sys/fs/cgroup/memory.max"
 

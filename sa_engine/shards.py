@@ -17,18 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sa_engine.partial import Failure, Finished, PartialShard
 from sa_engine.plan import Shard, shard_name
-from sa_engine.records import (
-    ARROW_SCHEMA,
-    SCHEMA_VERSION,
-    ImageRecord,
-    image_name,
-    to_sa1b,
-    to_table,
-)
+from sa_engine.records import ARROW_SCHEMA, SCHEMA_VERSION, image_name
 from sa_engine.storage import (
     RunError,
     RunPaths,
@@ -140,7 +134,7 @@ def _build(
                 failures.append(outcome)
             elif outcome is not None:
                 ok += 1
-                masks += len(outcome.record.masks)
+                masks += outcome.masks
                 for add in sinks:
                     add(outcome)
     return ok, masks, failures
@@ -176,11 +170,10 @@ def _tar_sink(path: Path) -> Iterator[_Sink]:
             archive.addfile(header, io.BytesIO(data))
 
         def add(image: Finished) -> None:
-            name = image_name(image.record.image_id)
+            name = image_name(image.image_id)
             if image.jpeg is not None:
                 add_file(name, image.jpeg)
-            masks = json.dumps(to_sa1b(image.record), allow_nan=False)
-            add_file(f"{Path(name).stem}.json", masks.encode())
+            add_file(f"{Path(name).stem}.json", image.sa1b)
 
         yield add
 
@@ -189,17 +182,20 @@ def _tar_sink(path: Path) -> Iterator[_Sink]:
 def _parquet_sink(path: Path) -> Iterator[_Sink]:
     """Write full records in row groups of a fixed size, so that memory stays small."""
     with pq.ParquetWriter(path, ARROW_SCHEMA, compression="zstd") as writer:
-        records: list[ImageRecord] = []
+        rows: list[pa.Table] = []
+
+        def flush() -> None:
+            writer.write_table(pa.concat_tables(rows).combine_chunks())
+            rows.clear()
 
         def add(image: Finished) -> None:
-            records.append(image.record)
-            if len(records) == _ROW_GROUP:
-                writer.write_table(to_table(records))
-                records.clear()
+            rows.append(image.row)
+            if len(rows) == _ROW_GROUP:
+                flush()
 
         yield add
-        if records:
-            writer.write_table(to_table(records))
+        if rows:
+            flush()
 
 
 _SINKS: dict[str, Callable[[Path], AbstractContextManager[_Sink]]] = {

@@ -21,6 +21,7 @@ from sa_engine.remote import RemotePath, is_uri
 
 AnyPath: TypeAlias = Path | RemotePath
 
+_BLOCK = 1 << 24  # bytes; from a store, every block is a request
 # What a full or broken disk answers; a run ends with it in one sentence.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
@@ -139,7 +140,7 @@ def sha256_file(path: AnyPath) -> str:
     """Sha256 (hex) of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from sa_engine.config import RunConfig
 from sa_engine.errors import SaEngineError
 from sa_engine.lock import read_lock
-from sa_engine.partial import Breadcrumbs, Failure, PartialShard
+from sa_engine.partial import Breadcrumbs, Failure, PartialShard, pack
 from sa_engine.plan import PlannedImage, Shard
 from sa_engine.reader import reopen_shard
-from sa_engine.records import ImageRecord, to_json
+from sa_engine.records import ImageRecord
 from sa_engine.shards import ShardStats, commit_shard
 from sa_engine.storage import AnyPath, RunError, RunPaths, told_if_output_fails
 
@@ -143,8 +143,9 @@ class ShardWorker:
     ) -> list[PlannedImage]:
         """The images to do; those that workers have died on too often become failures."""
         todo = []
+        ended = store.ended()
         for image in shard.images:
-            if store.load(image.image_id) is not None:
+            if image.image_id in ended and store.load(image.image_id) is not None:
                 continue
             if breadcrumbs.deaths[image.key] >= _FATAL_DEATHS:
                 store.fail(_worker_died(image, breadcrumbs.deaths[image.key]))
@@ -223,7 +224,7 @@ class _Pipeline:
         if isinstance(finished, Failure):
             self._store.fail(finished)
         else:
-            self._store.save(image.image_id, *finished)
+            self._store.save(image.image_id, finished)
 
     def _step(
         self, step: str, image: PlannedImage, function: Callable[..., Any], *inputs: Any
@@ -258,16 +259,16 @@ class _Pipeline:
             _check_unchanged(image, status.st_size, status.st_mtime_ns)
             return file.read()
 
-    def _encode(self, image: PlannedImage, result: Any) -> tuple[str, bytes | None]:
-        """The image's record as JSON and, if pictures are released, its JPEG."""
+    def _encode(self, image: PlannedImage, result: Any) -> bytes:
+        """The finished image's file: its record and, if pictures are released, its JPEG."""
         record, jpeg = self._worker.finish(image, result)
         if record.image_id != image.image_id:
             raise ValueError(f"record of image {record.image_id} for image {image.image_id}")
         if not (self._spec.config.write_images and "tar" in self._spec.config.formats):
-            return to_json(record), None
+            return pack(record, None)
         if jpeg is None:
             raise ValueError("the stage made no picture, but write_images is on")
-        return to_json(record), jpeg
+        return pack(record, jpeg)
 
 
 def _check_unchanged(image: PlannedImage, size: int, mtime_ns: int) -> None:

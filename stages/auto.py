@@ -23,9 +23,10 @@ if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.modeling.sam import Sam
 
 
-# Measured with the paper's setting on photos of 3 to 16 megapixels: 1.3 GB for vit_t (40 MB of weights), 2.1 GB for
-# vit_b (375 MB), see benchmarks/README.md.
-_MEMORY_WITHOUT_MODEL = 1_200_000_000
+# Peak memory measured on a CPU with a 16-megapixel photo: 1.1 GB for vit_t (40 MB of weights), 1.5 for vit_b (375 MB),
+# 3.1 for vit_l (1.25 GB), 5.6 for vit_h (2.56 GB); the paper's setting takes 0.2 to 0.5 more (benchmarks/README.md).
+_MEMORY_WITHOUT_MODEL = 1_300_000_000
+_MEMORY_PER_WEIGHT_BYTE = 2
 
 
 class ModelMismatch(SaEngineError):
@@ -71,10 +72,10 @@ class AutoStage:
         return {"model_fingerprint": self.fingerprint}
 
     def worker_memory(self, config: AutoConfig) -> int:
-        """Peak memory of a worker: Python, torch and a photo, and thrice the weights for them and their activations."""
+        """Peak memory of a worker, from the size of its weights."""
         from sa_engine.modeling.weights import size_of
 
-        return _MEMORY_WITHOUT_MODEL + 3 * size_of(self.checkpoint)
+        return _MEMORY_WITHOUT_MODEL + _MEMORY_PER_WEIGHT_BYTE * size_of(self.checkpoint)
 
     def make_worker(self, config: AutoConfig) -> "AutoWorker":
         """Load the model in this process and check that it is the driver's."""

@@ -56,8 +56,8 @@ def test_elsewhere_lines_count_what_is_on_disk(
     monkeypatch.setattr(sys, "stderr", pipe := Pipe())
     told: list[dict[str, float]] = []
     paths = RunPaths(tmp_path)
-    PartialShard(paths, "sa_000001").save(1, "{}", b"jpeg")
-    PartialShard(paths, "sa_000009").save(1, "{}", b"beyond the limit")
+    PartialShard(paths, "sa_000001").save(1, b"one")
+    PartialShard(paths, "sa_000009").save(1, b"beyond the limit")
     unfinished = {"sa_000001": 5, "sa_000002": 5}
     monkeypatch.setattr(progress, "_POLL_S", 0.01)
     with progress.Progress(paths, unfinished, 3, lambda **known: told.append(known)) as shown:
