@@ -7,9 +7,10 @@ ignored, as by the reference's reader.
 
 import io
 import math
+import warnings
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from sa_engine.errors import SaEngineError
 
@@ -19,6 +20,8 @@ PIXEL_LIMIT = 400_000_000
 
 # Named one by one: other readers of Pillow start programs (EPS) or only look like images (PDF).
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
+# By EXIF orientation: how to turn a picture upright; then where its rows, from top to bottom, lie:
+# in columns, or from the far end, or both.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,9 +31,18 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
+_BACKWARDS = (3, 4, 6, 7)
+
+# Converted at once, so that a picture of any size is held but once beside its pixels.
+_STRIP_PIXELS = 1 << 19
 
 # Pillow warns above its own limit and refuses twice as much; a 200-megapixel photo is neither.
 Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
+# Pillow refuses a PNG for a megabyte of notes, as editors leave them; 64 is what it allows for all.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# They name no file, and what makes a picture useless is an error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(SaEngineError):
@@ -62,15 +74,13 @@ def decode_image(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_one_picture(image)
             image.load()
-            rgb = _to_rgb(image)
-            method = _UPRIGHT.get(_orientation(image))
-            return np.array(rgb if method is None else rgb.transpose(method))
+            return _upright_pixels(image)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"more than {PIXEL_LIMIT:,} pixels") from None
     except Image.UnidentifiedImageError:
-        raise BadImage("not an image in a format that can be read") from None
+        raise BadImage(_why_unidentified(data)) from None
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
         raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
 
@@ -134,12 +144,43 @@ def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
 
 
 def _check_one_picture(image: Image.Image) -> None:
-    """Raise BadImage for too many pixels or more than one frame."""
+    """Raise BadImage for too many pixels or more than one frame; decodes nothing."""
     if image.width * image.height > PIXEL_LIMIT:
         raise BadImage(f"{image.width} x {image.height} is more than {PIXEL_LIMIT:,} pixels")
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":
-        raise BadImage(f"animated or multi-page: {frames} frames, expected one picture")
+    # Not n_frames: to count a TIFF's pages takes the square of their number.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise BadImage("animated or multi-page: more than one frame, expected one picture")
+
+
+def _why_unidentified(data: bytes) -> str:
+    """What Pillow keeps to itself when it says that no reader can identify a file."""
+    for name in _FORMATS:
+        read, accepts = Image.OPEN[name]
+        if accepts is not None and accepts(data[:16]) is True:
+            try:
+                read(io.BytesIO(data), "")
+            except Exception as error:  # as wide as in decode_image
+                return f"damaged, or an unusual {name}: {error or type(error).__name__}"
+    return f"not an image in a format that can be read: it begins with {data[:12]!r}"
+
+
+def _upright_pixels(image: Image.Image) -> np.ndarray:
+    """Convert a loaded image, strip by strip, to upright (H, W, 3) uint8 RGB."""
+    width, height = image.size
+    orientation = _orientation(image)
+    method = _UPRIGHT.get(orientation)
+    sideways = orientation in _SIDEWAYS
+    pixels = np.empty((width, height, 3) if sideways else (height, width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip = _to_rgb(image.crop((0, top, width, bottom)))
+        upright = np.asarray(strip if method is None else strip.transpose(method))
+        place = slice(top, bottom)
+        if orientation in _BACKWARDS:
+            place = slice(height - bottom, height - top)
+        pixels[(slice(None), place) if sideways else place] = upright
+    return pixels
 
 
 def _orientation(image: Image.Image) -> int:

@@ -16,6 +16,9 @@ from sa_engine.storage import AnyPath, RunError
 # looked at.
 COLUMNS = [("key", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
 _BATCH = 100_000
+# Suffixes counted one by one; names such as frame.000001 would make one of every file.
+_REASONS = 100
+_LATEST_NS = 2**63 - 1
 
 
 def list_images(root: AnyPath, exclude: AnyPath | None = None) -> tuple[pa.Table, dict[str, int]]:
@@ -50,19 +53,24 @@ def _list_images(root: AnyPath, exclude: AnyPath | None) -> tuple[pa.Table, dict
     files = _walk(root, exclude, ignored) if isinstance(root, Path) else _find(root, exclude)
     images = _Rows()
     for key, size, mtime_ns in files:
-        reason = _reason_to_ignore(key)
+        reason = _reason_to_ignore(key, size)
         if reason is None:
             images.add((key, size, mtime_ns))
         else:
-            ignored[reason] += 1
+            ignored[reason if reason in ignored or len(ignored) < _REASONS else "other"] += 1
     table = images.table()
     if not table.num_rows:
-        others = sum(ignored.values())
+        found = ", ".join(f"{count} {reason}" for reason, count in ignored.most_common(5))
         raise RunError(
-            f"no image in {root}: {others} other entries; "
+            f"no image in {root}: {found or 'it is empty'}; "
             f"images end with {' '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    return table.sort_by("key"), dict(sorted((+ignored).items()))
+    return table.sort_by("key"), dict(sorted(ignored.items()))
+
+
+def size_and_mtime_ns(status: os.stat_result) -> tuple[int, int]:
+    """Size in bytes and modification time in ns as a plan holds them: the year 2262 is the last."""
+    return status.st_size, min(status.st_mtime_ns, _LATEST_NS)
 
 
 class _Rows:
@@ -117,7 +125,7 @@ def _walk(
         for entry in found:
             key = prefix + entry.name
             if not _is_folder(entry):
-                yield key, *_size_and_mtime_ns(entry)
+                yield key, *_look_at(entry)
             elif entry.name.startswith("."):
                 ignored["hidden"] += 1
             else:
@@ -132,15 +140,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _size_and_mtime_ns(entry: os.DirEntry[str]) -> tuple[int, int]:
+def _look_at(entry: os.DirEntry[str]) -> tuple[int, int]:
     try:
-        status = entry.stat()
+        return size_and_mtime_ns(entry.stat())
     except OSError:  # a broken link: reading it will fail with the reason
         return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
-def _reason_to_ignore(key: str) -> str | None:
+def _reason_to_ignore(key: str, size: int) -> str | None:
     """Why a file is not an input, or None if it is."""
     if any(part.startswith(".") for part in key.split("/")):
         return "hidden"
@@ -149,6 +156,10 @@ def _reason_to_ignore(key: str) -> str | None:
     except UnicodeEncodeError:
         return "name is not UTF-8"
     suffix = Path(key).suffix.lower()
-    if suffix not in IMAGE_SUFFIXES:
-        return suffix or "no suffix"
-    return None
+    if suffix in IMAGE_SUFFIXES:
+        return None
+    if size == -1:  # such as a link to a folder on a disk that is not mounted
+        return "broken link or no permission"
+    if not suffix.isprintable():
+        return ascii(suffix)
+    return suffix or "no suffix"

@@ -10,7 +10,7 @@ from typing import Any
 
 from sa_engine import __version__
 from sa_engine.config import RunConfig, identity_values, to_dict
-from sa_engine.listing import list_images
+from sa_engine.listing import list_images, size_and_mtime_ns
 from sa_engine.plan import (
     Plan,
     default_shard_size,
@@ -202,7 +202,7 @@ def refresh_failed(
         failed = {f.image_id for f in read_failures(paths, shard_name(index))}
         for image in planned.plan[index].images:
             if image.image_id in failed:
-                found = _size_and_mtime_ns(images / image.key)
+                found = _look_at(images / image.key)
                 if found != (image.size, image.mtime_ns):
                     now[image.image_id] = found
     if not now:
@@ -250,14 +250,13 @@ def check_same(paths: RunPaths, before: Mapping[str, Any], now: Mapping[str, Any
         )
 
 
-def _size_and_mtime_ns(path: AnyPath) -> tuple[int, int]:
+def _look_at(path: AnyPath) -> tuple[int, int]:
     if not isinstance(path, Path):
         return path.size_and_mtime_ns()
     try:
-        status = path.stat()
+        return size_and_mtime_ns(path.stat())
     except OSError:
         return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def _check_empty(paths: RunPaths) -> None:

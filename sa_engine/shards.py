@@ -181,7 +181,11 @@ def _tar_sink(path: Path) -> Iterator[_Sink]:
 @contextmanager
 def _parquet_sink(path: Path) -> Iterator[_Sink]:
     """Write full records in row groups of a fixed size, so that memory stays small."""
-    with pq.ParquetWriter(path, ARROW_SCHEMA, compression="zstd") as writer:
+    # By a file of ours: Arrow takes no path that is not UTF-8.
+    with (
+        path.open("wb") as file,
+        pq.ParquetWriter(file, ARROW_SCHEMA, compression="zstd") as writer,
+    ):
         rows: list[pa.Table] = []
 
         def flush() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from sa_engine.config import RunConfig
 from sa_engine.errors import SaEngineError
+from sa_engine.listing import size_and_mtime_ns
 from sa_engine.lock import read_lock
 from sa_engine.partial import Breadcrumbs, Failure, PartialShard, pack
 from sa_engine.plan import PlannedImage, Shard
@@ -251,12 +252,11 @@ class _Pipeline:
         if not isinstance(path, Path):
             _check_unchanged(image, *path.size_and_mtime_ns())
             return path.read_bytes()
-        # Not blocking: a named pipe would wait for a writer for ever.
+        if not stat.S_ISREG(path.stat().st_mode):  # asked first: to open a device may start it
+            raise RunError("not a regular file")
+        # Not blocking: a named pipe that has taken its place would wait for a writer for ever.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise RunError("not a regular file")
-            _check_unchanged(image, status.st_size, status.st_mtime_ns)
+            _check_unchanged(image, *size_and_mtime_ns(os.fstat(file.fileno())))
             return file.read()
 
     def _encode(self, image: PlannedImage, result: Any) -> bytes:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sa_engine.listing import list_images
+from sa_engine.listing import list_images, size_and_mtime_ns
 from sa_engine.plan import make_plan, read_plan, write_plan
 from sa_engine.storage import RunError
 
@@ -81,5 +81,38 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(RunError, match="notes.txt is not a folder"):
         list_images(tmp_path / "notes.txt")
-    with pytest.raises(RunError, match=r"no image in .*: 1 other.*\.jpg"):
+    with pytest.raises(RunError, match=r"no image in .*: 1 \.txt; images end .*\.jpg"):
         list_images(tmp_path)
+
+
+def test_numbered_files_do_not_make_a_reason_each(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    for number in range(300):
+        (tmp_path / f"frame.{number:06d}").touch()
+    ignored = list_images(tmp_path)[1]
+    assert len(ignored) <= 101
+    assert ignored[".000007"] == 1 and sum(ignored.values()) == 300
+
+
+def test_reasons_can_be_printed(tmp_path: Path) -> None:
+    for name in ("photo.jpg", "red.\x1b[31m", "line.\n", "word.фото"):
+        (tmp_path / name).touch()
+    assert list_images(tmp_path)[1] == {r"'.\x1b[31m'": 1, r"'.\n'": 1, ".фото": 1}
+
+
+def test_a_link_to_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    (tmp_path / "album").symlink_to(tmp_path / "not mounted")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "README").touch()
+    assert list_images(tmp_path)[1] == {"broken link or no permission": 2, "no suffix": 1}
+
+
+def test_times_beyond_64_bits_are_the_last_there_is(tmp_path: Path) -> None:
+    for name, mtime_ns in (("past.jpg", -1), ("future.jpg", 10**19)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, ns=(mtime_ns, mtime_ns))
+    rows = {row["key"]: row for row in list_images(tmp_path)[0].to_pylist()}
+    assert rows["past.jpg"]["mtime_ns"] == -1
+    assert rows["future.jpg"]["mtime_ns"] == 2**63 - 1
+    assert size_and_mtime_ns((tmp_path / "future.jpg").stat()) == (0, 2**63 - 1)
