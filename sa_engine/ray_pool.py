@@ -9,9 +9,11 @@ import logging
 import os
 import re
 import socket
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sa_engine.config import RunConfig
@@ -47,12 +49,13 @@ def cluster(config: RunConfig) -> Iterator[None]:
         address = config.ray_address or os.environ.get("RAY_ADDRESS")
         _check_reachable(address)
         try:
-            ray.init(
-                address=address,
-                log_to_driver=config.verbose,
-                logging_level=logging.INFO if config.verbose else logging.ERROR,
-                include_dashboard=None if address else False,
-            )
+            with nullcontext() if config.verbose else _held_back_stderr():
+                ray.init(
+                    address=address,
+                    log_to_driver=config.verbose,
+                    logging_level=logging.INFO if config.verbose else logging.ERROR,
+                    include_dashboard=None if address else False,
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = address or "this machine"
             raise RunError(f"cannot start or join Ray at {where}: {error}") from None
@@ -148,6 +151,24 @@ class _RayWorker:
         except SaEngineError as error:  # as a row: Ray would wrap it into a page of traceback
             return {"stats": [""], "error": [str(error)], "exit_code": [error.exit_code]}
         return {"stats": [stats.to_json()], "error": [""], "exit_code": [0]}
+
+
+@contextmanager
+def _held_back_stderr() -> Iterator[None]:
+    """Keep what Ray's core prints while it starts, and show it only if it does not."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as printed:
+        terminal = os.dup(2)
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            printed.seek(0)
+            os.write(terminal, printed.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def _check_reachable(address: str | None) -> None:
