@@ -188,7 +188,7 @@ def is_live(paths: RunPaths, probe: bool = False) -> bool:
         try:
             process = psutil.Process(int(holder["pid"]))
             return abs(process.create_time() - holder["born"]) < 1
-        except (psutil.NoSuchProcess, KeyError):
+        except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
             return False
     return silence(paths, probe) < _DEAD_AFTER_S
 
@@ -216,6 +216,7 @@ def silence(paths: RunPaths, probe: bool) -> float:
 
 def _read_json(path: Any) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}

@@ -6,6 +6,7 @@ of ten million images must not fill every worker's memory.
 
 import bisect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,16 +71,22 @@ class Plan:
 
     def __init__(self, source: bytes | AnyPath) -> None:
         handle = pa.BufferReader(source) if isinstance(source, bytes) else source.open("rb")
-        try:
-            self._file = pq.ParquetFile(handle)
+        self._name = "" if isinstance(source, bytes) else f" {source}"
+        with self._told_if_damaged():
+            self._file = pq.ParquetFile(handle, page_checksum_verification=True)
+            if not self._file.schema_arrow.equals(_SCHEMA):
+                raise ValueError("its columns are not a plan's")
             shards = self._file.read(columns=["shard"]).column(0).to_numpy()
-        except (OSError, pa.ArrowException) as error:
-            where = "" if isinstance(source, bytes) else f" {source}"
-            raise RunError(f"cannot read the plan{where}: {error}; use another --out") from None
-        counts = np.bincount(shards) if len(shards) else np.zeros(0, np.int64)
-        self._ends = np.cumsum(counts)
-        groups = self._file.metadata
-        rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+            groups = self._file.metadata
+            rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+            steps = np.diff(shards, prepend=0, append=shards[-1:])
+            # The footer, of all parts of a Parquet file, has no checksum.
+            planned = int(self._file.schema_arrow.metadata[b"images"])
+            if not len(shards) == sum(rows) == planned:
+                raise ValueError(f"it has {len(shards)} of {planned} rows")
+            if not np.isin(steps, (0, 1)).all():
+                raise ValueError("its shards do not follow each other")
+        self._ends = np.cumsum(np.bincount(shards))
         self._group_ends: list[int] = np.cumsum(rows).tolist()
         self._cached: tuple[int, pa.Table | None] = (-1, None)
 
@@ -93,10 +100,11 @@ class Plan:
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = int(self._ends[index - 1]) if index else 0
-        columns = self._rows(start, int(self._ends[index])).to_pydict()
-        names = ("image_id", "key", "size", "mtime_ns")
-        images = zip(*(columns[name] for name in names), strict=True)
-        return Shard(index, tuple(PlannedImage(*image) for image in images))
+        with self._told_if_damaged():
+            columns = self._rows(start, int(self._ends[index])).to_pydict()
+            names = ("image_id", "key", "size", "mtime_ns")
+            images = zip(*(columns[name] for name in names), strict=True)
+            return Shard(index, tuple(PlannedImage(*image) for image in images))
 
     @property
     def images(self) -> int:
@@ -113,9 +121,10 @@ class Plan:
         """Bytes of the files of some shards' images, -1 where not known: (N,) int64."""
         chosen = np.zeros(len(self), bool)
         chosen[np.fromiter(indices, np.int64)] = True
-        columns = self._file.read(columns=["shard", "size"])
-        shards, sizes = (columns.column(name).to_numpy() for name in ("shard", "size"))
-        return sizes[chosen[shards]]
+        with self._told_if_damaged():
+            columns = self._file.read(columns=["shard", "size"])
+            shards, sizes = (columns.column(name).to_numpy() for name in ("shard", "size"))
+            return sizes[chosen[shards]]
 
     def select(self, limit: int | None) -> range:
         """The first shards that together hold at least `limit` images; None: all."""
@@ -130,7 +139,20 @@ class Plan:
 
     def table(self) -> pa.Table:
         """All rows: shard, image_id, key, size, mtime_ns."""
-        return self._file.read()
+        with self._told_if_damaged():
+            return self._file.read()
+
+    @contextmanager
+    def _told_if_damaged(self) -> Iterator[None]:
+        """Turn what pyarrow raises for a damaged file, which is nearly anything, into a RunError."""
+        try:
+            yield
+        except Exception as error:
+            detail = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RunError(
+                f"cannot read the plan{self._name}: {detail}; put back the file that was written, "
+                "or use another --out"
+            ) from None
 
     def _rows(self, start: int, end: int) -> pa.Table:
         """Rows from start to end; consecutive calls read each row group once."""
@@ -187,7 +209,10 @@ def refresh(plan: Plan, images: Mapping[int, tuple[int, int]]) -> bytes:
 
 def _serialize(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP)
+    table = table.replace_schema_metadata({"images": str(table.num_rows)})
+    pq.write_table(
+        table, sink, compression="zstd", row_group_size=_ROW_GROUP, write_page_checksum=True
+    )
     return sink.getvalue().to_pybytes()
 
 

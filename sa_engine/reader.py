@@ -1,5 +1,6 @@
 """Finished shards, read back: records, pictures, failures; or taken apart to be retried."""
 
+import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from sa_engine.plan import Shard, read_plan, shard_name
 from sa_engine.records import ImageRecord, from_sa1b, from_table, image_name
 from sa_engine.shards import ShardStats, read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, sha256_file
+
+_BUFFER = 1 << 22  # bytes
 
 
 def read_failures(paths: RunPaths, name: str) -> list[Failure]:
@@ -147,7 +150,11 @@ def _records_of_tar(out: AnyPath, shard: Shard) -> Iterator[ImageRecord]:
 @contextmanager
 def open_tar(path: AnyPath) -> Iterator[tarfile.TarFile]:
     """A tar to read, wherever it lies."""
-    with path.open("rb") as file, tarfile.open(fileobj=file) as archive:
+    # From a store, every read is a request: a tar's headers are 512 bytes each.
+    with (
+        io.BufferedReader(path.open("rb"), _BUFFER) as file,  # type: ignore[type-var]
+        tarfile.open(fileobj=file) as archive,
+    ):
         yield archive
 
 

@@ -1,4 +1,4 @@
-"""COCO run-length encoding of binary masks; pycocotools does the compression.
+"""COCO run-length encoding of binary masks; pycocotools does the compression, we check it.
 
 An RLE is a dict ``{"size": [height, width], "counts": str}``: runs in column-major order, compressed as by COCO's API.
 """
@@ -7,6 +7,11 @@ from typing import TypedDict
 
 import numpy as np
 from pycocotools import mask as coco
+
+# COCO writes 5 bits of a number in each character, from "0" on; bit 5 says that more follow, and
+# bit 4 of the last is the sign. More characters than these hold no number of pixels.
+_ZERO, _MORE, _SIGN = 48, 32, 16
+_LONGEST_NUMBER = 7
 
 
 class RLE(TypedDict):
@@ -60,6 +65,81 @@ def iou(first: list[RLE], second: list[RLE]) -> np.ndarray:
     if not first or not second:
         return np.zeros((len(first), len(second)))
     return coco.iou([_coco(r) for r in first], [_coco(r) for r in second], [0] * len(second))
+
+
+def runs(rle: RLE) -> np.ndarray:
+    """Lengths of an RLE's runs, decompressed with every character checked.
+
+    pycocotools trusts what it gets and reads or writes out of bounds; this may get anything. Runs
+    of length 0 are fine, as they are for COCO.
+
+    Returns:
+        (N,) int64, of zeros and ones in turn, zeros first, in column-major order; their sum is
+        height * width.
+
+    Raises:
+        ValueError: the size is not two whole numbers, or the counts are not such runs.
+    """
+    size, counts = rle["size"], rle["counts"]
+    if len(size) != 2 or not all(type(side) is int and side >= 0 for side in size):
+        raise ValueError(f"its size is {size}, expected [height, width]")
+    pixels = size[0] * size[1]
+    lengths = _decompress(counts.encode("ascii"))
+    # Before the sum, which huge runs would overflow.
+    least, most = lengths.min(initial=0), lengths.max(initial=0)
+    if least < 0 or most > pixels:
+        wrong = least if least < 0 else most
+        raise ValueError(f"its counts have a run of {wrong} pixels, expected 0 to {pixels}")
+    if lengths.sum() != pixels:
+        raise ValueError(f"its runs are {lengths.sum()} pixels long, expected {pixels}")
+    return lengths
+
+
+def extent(runs: np.ndarray, height: int) -> tuple[int, int, int, int] | None:
+    """Where a mask's pixels lie: the first and last column and row that have any.
+
+    Args:
+        runs: as from `runs`.
+        height: of the mask.
+
+    Returns:
+        (xmin, ymin, xmax, ymax), all inclusive; None for an empty mask.
+    """
+    ends = runs.cumsum()[1::2]
+    starts = ends - runs[1::2]
+    filled = ends > starts
+    first, last = starts[filled], ends[filled] - 1
+    if not len(first):
+        return None
+    left, top = divmod(first, height)
+    right, bottom = divmod(last, height)
+    if (left != right).any():  # from the foot of a column to the head of the next
+        return int(left[0]), 0, int(right[-1]), height - 1
+    return int(left[0]), int(top.min()), int(right[-1]), int(bottom.max())
+
+
+def _decompress(counts: bytes) -> np.ndarray:
+    """The numbers of COCO's compressed counts: (N,) int64, of any sign. Raises ValueError."""
+    codes = np.frombuffer(counts, np.uint8) - np.uint8(_ZERO)  # what is less comes out above
+    if codes.max(initial=0) >= 2 * _MORE:
+        raise ValueError("its counts have a character outside of COCO's 0 to o")
+    last = (codes < _MORE).nonzero()[0]
+    if len(codes) and codes[-1] >= _MORE:
+        raise ValueError("its counts end within a number")
+    if not len(last):
+        return last
+    first = np.concatenate([[0], last[:-1] + 1])
+    lengths = last - first + 1
+    if lengths.max() > _LONGEST_NUMBER:
+        raise ValueError(f"its counts have a number of {lengths.max()} characters")
+    digits = (codes & (_MORE - 1)).astype(np.int64)
+    digits[last] = (digits[last] ^ _SIGN) - _SIGN
+    digits <<= 5 * (np.arange(len(codes)) - first.repeat(lengths))
+    numbers = np.add.reduceat(digits, first)
+    # From the fourth on they are differences to the number before the last.
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return numbers
 
 
 def _coco(rle: RLE) -> dict[str, object]:

@@ -5,6 +5,7 @@ A shard is `sa_000000.tar` (SA-1B's files: `sa_<id>.jpg` and `sa_<id>.json` side
 written last: only with its marker is a shard there. Equal records make equal bytes.
 """
 
+import hashlib
 import json
 import re
 import tarfile
@@ -51,6 +52,7 @@ class ShardStats:
         masks: of the ok images.
         seconds: that the session which committed the shard worked on it.
         files: name -> {"sha256": hex, "bytes": size}.
+        errors_sha256: hex, of `_run/errors/<shard>.jsonl`; None if every image is ok.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ShardStats:
     masks: int
     seconds: float
     files: dict[str, dict[str, Any]]
+    errors_sha256: str | None = None
 
     def to_json(self) -> str:
         """The marker's content."""
@@ -68,9 +71,14 @@ class ShardStats:
 
     @staticmethod
     def from_json(text: str | bytes) -> "ShardStats":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Raises RunError for a marker of another version."""
         content = json.loads(text)
-        del content["schema_version"]
+        version = content.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise RunError(
+                f"the marker of {content.get('name')} has schema version {version}: this version "
+                f"of sa-engine reads {SCHEMA_VERSION}"
+            )
         return ShardStats(**content)
 
 
@@ -94,6 +102,7 @@ def commit_shard(
             f"shard {shard.name} has {ok} finished and {len(failures)} failed or skipped of "
             f"{len(shard.images)} planned images: {store.folder} was changed; run again"
         )
+    errors = "".join(json.dumps(vars(failure)) + "\n" for failure in failures).encode()
     stats = ShardStats(
         name=shard.name,
         planned=len(shard.images),
@@ -105,12 +114,12 @@ def commit_shard(
         files={
             path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in built
         },
+        errors_sha256=hashlib.sha256(errors).hexdigest() if errors else None,
     )
     for path in built:
         place(path, paths.out / path.name)
-    if failures:
-        lines = "".join(json.dumps(vars(failure)) + "\n" for failure in failures)
-        atomic_write(paths.errors(shard.name), lines.encode(), scratch=folder)
+    if errors:
+        atomic_write(paths.errors(shard.name), errors, scratch=folder)
     else:  # those of a shard that was reopened to retry them
         paths.errors(shard.name).unlink(missing_ok=True)
     atomic_write(paths.marker(shard.name), stats.to_json().encode(), scratch=folder)
@@ -141,8 +150,9 @@ def _build(
 
 def committed_shards(paths: RunPaths) -> set[int]:
     """Indices of the shards whose marker is there: one listing, nothing is read."""
-    found = (_MARKER.fullmatch(name) for name in list_names(paths.out))
-    return {int(match[1]) for match in found if match}
+    names = set(list_names(paths.out))
+    indices = (int(match[1]) for match in map(_MARKER.fullmatch, names) if match)
+    return {index for index in indices if f"{shard_name(index)}.json" in names}
 
 
 def read_markers(paths: RunPaths, indices: Iterable[int]) -> dict[int, ShardStats]:

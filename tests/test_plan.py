@@ -81,3 +81,18 @@ def test_a_missing_or_damaged_plan_is_named(tmp_path: Path) -> None:
 )
 def test_small_jobs_still_spread_over_workers(images: int, size: int) -> None:
     assert default_shard_size(images) == size
+
+
+def test_a_flipped_bit_never_makes_another_plan() -> None:
+    """A bit of every byte of a plan's file: it is told, or it is none that matters."""
+    content = make_plan(found(range(40)), 3)
+    expected = list(Plan(content))
+    told = 0
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        try:
+            assert list(Plan(bytes(damaged))) == expected, f"byte {position}"
+        except RunError:
+            told += 1
+    assert told > len(content) / 2

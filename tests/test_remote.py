@@ -20,6 +20,7 @@ from sa_engine.pictures import show
 from sa_engine.reader import iter_records
 from sa_engine.remote import LocationError, RemotePath
 from sa_engine.storage import RunError, RunPaths, list_names, location, modified
+from sa_engine.verify import verify
 
 
 @pytest.fixture
@@ -137,7 +138,12 @@ def test_a_run_into_a_bucket_makes_the_same_bytes(
     assert info["config"]["out"] == str(out), "the URI's query is no part of the place"
     before = out.find_files()
     assert run(config).processed == 0
+    assert verify(out, workers=2).problems == ()
     assert out.find_files() == before
+    damaged = bytearray((out / "sa_000001.tar").read_bytes())
+    damaged[5000] ^= 1
+    (out / "sa_000001.tar").put(bytes(damaged))
+    assert [problem.file for problem in verify(out).problems] == ["sa_000001.tar"]
 
 
 def test_images_in_a_bucket_and_shards_on_disk(
