@@ -8,7 +8,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -114,39 +113,6 @@ def test_another_model_is_refused(images: Path, tmp_path: Path, photo_files: lis
     assert hashes(folder) == before
     assert auto(images, folder).exit_code == 0
     assert len(hashes(folder)) == 4
-
-
-def test_hostile_files_are_all_accounted_for(tmp_path: Path, photo_files: list[Path]) -> None:
-    """Each file ends as an image with masks, an image without, or an error with a reason."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    photo = Image.open(photo_files[1]).reduce(4)
-    photo.convert("CMYK").save(folder / "cmyk.jpg")
-    photo.convert("L").save(folder / "grey.png")
-    photo.convert("RGBA").save(folder / "alpha.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    photo.save(folder / "rotated.jpg", exif=exif)
-    Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(
-        folder / "16bit.png"
-    )
-    Image.new("RGB", (1, 1)).save(folder / "pixel.png")
-    photo.save(folder / "moving.gif", save_all=True, append_images=[photo.rotate(90)])
-    (folder / "empty.jpg").touch()
-    (folder / "text.jpg").write_text("no picture")
-    (folder / "cut.jpg").write_bytes((folder / "rotated.jpg").read_bytes()[:900])
-    (folder / "notes.txt").write_text("not planned")
-    result = auto(folder, tmp_path / "out", "--max-failed=0.4")
-    assert result.exit_code == 0, result.output
-    assert "10 images: 6 ok, 0 skipped, 4 failed" in result.output
-    records = {record.source_path: record for record in iter_records(tmp_path / "out")}
-    assert records["pixel.png"].masks == ()
-    assert (records["rotated.jpg"].width, records["rotated.jpg"].height) == photo.size[::-1]
-    assert all(len(records[name].masks) for name in ("cmyk.jpg", "alpha.png", "rotated.jpg"))
-    lines = [p.read_text() for p in (tmp_path / "out/_run/errors").glob("*.jsonl")]
-    errors = {row["key"]: row for row in map(json.loads, "".join(lines).splitlines())}
-    assert set(errors) == {"moving.gif", "empty.jpg", "text.jpg", "cut.jpg"}
-    assert all(row["message"] and row["step"] == "prepare" for row in errors.values())
 
 
 def test_a_finished_run_loads_no_torch_and_no_ray(out: Path, images: Path) -> None:

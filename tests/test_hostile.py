@@ -29,7 +29,7 @@ from test_images import png_16_bit, png_chunk, save
 from sa_engine.images import decode_image
 from sa_engine.reader import iter_records, read_image
 
-QUICK = ("--set=points_per_side=4", "--set=crop_n_layers=0", "--threads-per-worker=1", "--local")
+QUICK = ("--set=points_per_side=4", "--set=crop_n_layers=0", "--threads-per-worker=2", "--local")
 DROP_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 SMALL = (16, 12)
 # A process between: the peak of a child counts from its parent's size, and pytest's is large.

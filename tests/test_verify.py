@@ -308,18 +308,11 @@ def test_one_flipped_bit_in_a_marker_is_found(out: Path) -> None:
 
 
 def test_one_flipped_bit_in_the_failures_is_found(out: Path) -> None:
-    """But for the words in which they say what went wrong, and how often they were tried."""
     errors = out / FAILURES
-    text = errors.read_text()
-    line = json.loads(text)
-    free = set(range(text.index('"attempts"') + 12, text.index("}")))
-    for name in ("error", "message"):
-        start = text.index(f'"{name}": ') + len(name) + 5
-        free |= set(range(start, start + len(line[name])))
     chance = random.Random(2)
-    for place in chance.sample(sorted(set(range(len(text))) - free), 60):
+    for place in chance.sample(range(errors.stat().st_size), 60):
         before = flip(errors, place, chance.randrange(8))
-        assert only_file(check(out)) == FAILURES, (place, text[place])
+        assert only_file(check(out)) == FAILURES, place
         errors.write_bytes(before)
 
 
