@@ -13,8 +13,8 @@ from sa_engine.remote import RemotePath
 from sa_engine.storage import AnyPath, RunError
 
 # Of the table of images: path below the folder, bytes, modification time; -1 for what cannot be
-# looked at.
-COLUMNS = [("key", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
+# looked at. Large strings, because Arrow sorts no more than 2 GB of others.
+COLUMNS = [("key", pa.large_string()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
 _BATCH = 100_000
 # Suffixes counted one by one; names such as frame.000001 would make one of every file.
 _REASONS = 100
