@@ -80,10 +80,7 @@ def settle_resources(
 
     def places(size: int, need: float = memory) -> int:
         cpus = size if config.cpus_per_worker is None else config.cpus_per_worker
-        return sum(
-            min(_fit(node.cpus, cpus), _fit(node.gpus, gpus), _fit(node.memory, need), node.cpus)
-            for node in nodes
-        )
+        return sum(_room(node, cpus, gpus, need) for node in nodes)
 
     workers = config.num_workers
     if workers is None:
@@ -185,11 +182,11 @@ def check_disk(paths: RunPaths, space: DiskSpace | None) -> None:
         )
 
 
-def _fit(has: float, need: float) -> int:
-    """How often `need` goes into `has`; what needs nothing always fits."""
-    if not need or has == math.inf:
-        return 1 << 30
-    return math.floor(has / need + 1e-9)
+def _room(node: Node, cpus: float, gpus: float, memory: float) -> int:
+    """How many workers fit on a node; those that need nothing at all, one for each CPU."""
+    needs = ((node.cpus, cpus), (node.gpus, gpus), (node.memory, memory))
+    fits = [math.floor(has / need + 1e-9) for has, need in needs if need and has < math.inf]
+    return min(fits, default=node.cpus)
 
 
 def _sum(nodes: Sequence[Node]) -> str:

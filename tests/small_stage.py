@@ -178,7 +178,7 @@ def main() -> None:
     except SaEngineError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    heavy = sorted({"torch", "ray"} & set(sys.modules))
+    heavy = sorted({"torch", "ray", "pandas"} & set(sys.modules))
     print(json.dumps({"ok": report.ok, "heavy": heavy}))
 
 

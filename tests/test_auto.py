@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -15,10 +16,12 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from sa_engine.cli import main
+from sa_engine.config import AutoConfig
 from sa_engine.modeling.sam import load_sam
 from sa_engine.modeling.weights import resolve
 from sa_engine.reader import iter_records
 from sa_engine.records import SOURCES
+from stages.auto import AutoStage, ModelMismatch
 
 QUICK = ("--set=points_per_side=4", "--set=crop_n_layers=0", "--threads-per-worker=1")
 
@@ -115,13 +118,40 @@ def test_another_model_is_refused(images: Path, tmp_path: Path, photo_files: lis
     assert len(hashes(folder)) == 4
 
 
-def test_a_finished_run_loads_no_torch_and_no_ray(out: Path, images: Path) -> None:
+def test_every_worker_checks_its_weights(tmp_path: Path) -> None:
+    """A worker that finds another file under the driver's name, as on a machine set up differently."""
+    checkpoint = tmp_path / "sam.pth"
+    sam = load_sam(resolve("vit_t"))
+    torch.save(sam.state_dict(), checkpoint)
+    stage = AutoStage(str(checkpoint))
+    config = AutoConfig(images="images", out="out", points_per_side=4, crop_n_layers=0)
+    fingerprint = stage.identity()["model_fingerprint"]
+    sent = pickle.dumps(stage)
+    assert len(sent) < 10_000, "the weights stay behind"
+    assert pickle.loads(sent).make_worker(config).fingerprint == fingerprint
+    with torch.no_grad():
+        sam.mask_decoder.iou_token.weight.mul_(1.01)
+    torch.save(sam.state_dict(), checkpoint)
+    with pytest.raises(ModelMismatch, match=f"on the driver .{fingerprint[:12]}"):
+        pickle.loads(sent).make_worker(config)
+
+
+def test_a_worker_needs_more_memory_for_a_larger_model() -> None:
+    config = AutoConfig(images="images", out="out")
+    names = ("vit_t", "vit_b", "vit_l", "vit_h")
+    needed = [AutoStage(name).worker_memory(config) / 1e9 for name in names]
+    # Measured on a CPU: 1.13, 1.54, 3.06 and 5.63 GB, and up to 0.5 more with the paper's setting.
+    for estimate, measured in zip(needed, (1.13, 1.54, 3.06, 5.63), strict=True):
+        assert measured < estimate < 1.3 * measured + 0.5
+
+
+def test_a_finished_run_loads_no_heavy_library(out: Path, images: Path) -> None:
     """Asked again, it looks at the markers and answers."""
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     code = (
         "import sys\nfrom sa_engine.cli import main\n"
         "try: main(sys.argv[1:])\n"
-        "finally: print(sorted({'torch', 'ray'} & set(sys.modules)))"
+        "finally: print(sorted({'torch', 'ray', 'pandas'} & set(sys.modules)))"
     )
     arguments = ["auto", f"--images={images}", f"--out={out}", "--local", *QUICK]
     done = subprocess.run(

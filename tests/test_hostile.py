@@ -367,12 +367,12 @@ def without_rights() -> list[str] | None:
     return list(DROP_RIGHTS)
 
 
-def run_auto(place: Path, prefix: list[str]) -> SimpleNamespace:
+def run_auto(place: Path, prefix: list[str], max_failed: float = 1.0) -> SimpleNamespace:
     """Run `sa-engine auto` over `place/images` in a process of its own, and measure its memory."""
     command = [*prefix, str(Path(sys.executable).with_name("sa-engine")), "auto"]
     folders = [f"--images={place / 'images'}", f"--out={place / 'out'}"]
     process = subprocess.Popen(
-        [sys.executable, "-c", MEASURE, *command, *folders, "--max-failed=1.0", *QUICK],
+        [sys.executable, "-c", MEASURE, *command, *folders, f"--max-failed={max_failed}", *QUICK],
         cwd=place / "cwd",
         env={**os.environ, "TMPDIR": str(place / "tmp")},
         stdout=subprocess.PIPE,
@@ -483,6 +483,13 @@ def test_nothing_is_written_but_the_output(hostile: SimpleNamespace) -> None:
 def test_memory_stays_what_a_photo_takes(hostile: SimpleNamespace) -> None:
     """The peak of the process; a limit on its address space would be met by torch's own reserve."""
     assert hostile.run.peak < 2e9
+
+
+def test_too_many_failures_are_told(hostile: SimpleNamespace) -> None:
+    """With the default of 5 %: the run is finished, and the exit code is 3."""
+    run = run_auto(hostile.place, hostile.prefix or [], max_failed=0.05)
+    assert run.exit_code == 3, run.stderr
+    assert re.match(r"Error: \d+ of \d+ images failed, more than max_failed = 0.05", run.stderr)
 
 
 def test_the_same_command_again_has_nothing_to_do(hostile: SimpleNamespace) -> None:

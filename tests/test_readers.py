@@ -83,6 +83,23 @@ def test_webdataset(out: Path) -> None:
         assert sample["jpg"].shape == (image["height"], image["width"], 3)
 
 
+@pytest.mark.filterwarnings("ignore:The image decoding")
+def test_torchvision(out: Path) -> None:
+    import torch
+    from torchvision import tv_tensors
+    from torchvision.io import decode_jpeg
+
+    files = dict(members(out))
+    for name in ("sa_1", "sa_2", "sa_4"):
+        content = json.loads(files[f"{name}.json"])
+        image = decode_jpeg(torch.frombuffer(bytearray(files[f"{name}.jpg"]), dtype=torch.uint8))
+        size = (content["image"]["height"], content["image"]["width"])
+        assert tuple(image.shape) == (3, *size)
+        rles = [annotation["segmentation"] for annotation in content["annotations"]]
+        masks = tv_tensors.Mask(torch.from_numpy(coco.decode(rles)).permute(2, 0, 1))
+        assert tuple(masks.shape) == (len(rles), *size)
+
+
 def test_hugging_face_datasets(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")

@@ -25,14 +25,13 @@ from small_stage import (
 )
 
 from sa_engine import runner
-from sa_engine.config import AutoConfig, RunConfig
 from sa_engine.errors import TooManyFailures
 from sa_engine.lock import RunLock
 from sa_engine.partial import PartialShard
 from sa_engine.plan import read_plan
 from sa_engine.progress import Interrupted
 from sa_engine.reader import iter_records
-from sa_engine.resources import Node, Resources, settle_resources
+from sa_engine.resources import Resources
 from sa_engine.run_dir import plan_run, start_run
 from sa_engine.shards import ShardStats
 from sa_engine.storage import AnyPath, RunError, RunPaths, list_names, sha256_file
@@ -544,11 +543,12 @@ def slowly_on(ray_address: str) -> list[str]:
     return [f"ray_address={ray_address}", "num_workers=1", "seconds=0.5"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_same_bytes_on_ray(
     ray_address: str, photo_folder: Path, tmp_path: Path, expected: dict[str, str], workers: int
 ) -> None:
-    report = run(on_ray(photo_folder, tmp_path / "out", num_workers=workers))
+    cpus = 2 / workers  # four workers share the two CPUs
+    report = run(on_ray(photo_folder, tmp_path / "out", num_workers=workers, cpus_per_worker=cpus))
     assert (report.ok, report.processed) == (4, 4)
     assert data_files(tmp_path / "out") == expected
 
@@ -616,34 +616,3 @@ def test_an_error_of_a_worker_is_told_without_a_traceback(
     with pytest.raises(RunError, match="^the weights are gone$"):
         runner.run(Unloadable(), config, dict)
     assert markers(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize(
-    ("nodes", "options", "threads", "settled"),
-    [
-        ([(2, 0)], {}, None, Resources(1, 2, 0)),
-        ([(16, 0)], {}, None, Resources(4, 4, 0)),
-        ([(16, 0)], {"num_workers": 3}, None, Resources(3, 5, 0)),
-        ([(16, 0)], {}, 8, Resources(2, 8, 0)),
-        ([(3, 0)] * 4, {}, None, Resources(4, 3, 0)),
-        ([(0, 0), (16, 0), (2, 0)], {}, None, Resources(5, 3, 0)),
-        ([(16, 2)], {"gpus_per_worker": 1.0}, None, Resources(2, 8, 1)),
-        ([(16, 1)], {"gpus_per_worker": 0.25}, None, Resources(4, 4, 0.25)),
-        ([(16, 2)], {}, None, Resources(4, 4, 0)),
-    ],
-)
-def test_workers_and_threads_fill_the_nodes(
-    nodes: list[tuple[int, float]],
-    options: dict[str, Any],
-    threads: int | None,
-    settled: Resources,
-) -> None:
-    config = RunConfig(images="images", out="out", **options)
-    assert settle_resources([Node(*node) for node in nodes], config, threads) == settled
-
-
-@pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda", 1), ("cpu", 0)])
-def test_a_stage_with_a_model_takes_a_gpu_where_there_is_one(device: str, gpus: float) -> None:
-    config = AutoConfig(images="images", out="out", device=device)
-    assert settle_resources([Node(8, 2)], config, None) == Resources(2, 4, gpus)
-    assert settle_resources([Node(8, 0)], config, None) == Resources(2, 4, 0)
