@@ -23,7 +23,7 @@ from sa_engine.progress import stop_on_signals
 from sa_engine.resources import Node, Resources, settle_resources
 from sa_engine.shards import ShardStats
 from sa_engine.storage import OutputError, RunError
-from sa_engine.worker import ShardWorker, WorkerSpec
+from sa_engine.worker import ShardWorker, WorkerSpec, check_driver
 
 _WAIT_POLL_S = 2.0
 _REACH_S = 10.0
@@ -46,7 +46,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
 
     ours = not ray.is_initialized()
     if ours:
-        address = config.ray_address or os.environ.get("RAY_ADDRESS")
+        address = cluster_address(config)
         _check_reachable(address)
         try:
             with nullcontext() if config.verbose else _held_back_stderr():
@@ -67,6 +67,11 @@ def cluster(config: RunConfig) -> Iterator[None]:
             ray.shutdown()
 
 
+def cluster_address(config: RunConfig) -> str | None:
+    """The cluster that a run joins, as told or as a Ray job finds it; None: it starts its own."""
+    return config.ray_address or os.environ.get("RAY_ADDRESS")
+
+
 def wait_for_resources(config: RunConfig, threads: int | None, memory: int) -> Resources:
     """Settle what each worker gets, for `config.wait_for_resources` seconds until it is there.
 
@@ -75,18 +80,20 @@ def wait_for_resources(config: RunConfig, threads: int | None, memory: int) -> R
     """
     deadline = time.monotonic() + config.wait_for_resources
     asked = False
-    while True:
-        try:
-            return settle_resources(_nodes(), config, threads, memory)
-        except RunError:
-            if time.monotonic() >= deadline:
-                if asked:
-                    _ask_autoscaler([])
-                raise
-        if not asked:
-            _ask_autoscaler(_bundles(config, threads, memory))
-            asked = True
-        time.sleep(min(_WAIT_POLL_S, max(0.0, deadline - time.monotonic())))
+    try:
+        while True:
+            try:
+                return settle_resources(_nodes(), config, threads, memory)
+            except RunError:
+                if time.monotonic() >= deadline:
+                    raise
+            if not asked:
+                _ask_autoscaler(_bundles(config, threads, memory))
+                asked = True
+            time.sleep(min(_WAIT_POLL_S, max(0.0, deadline - time.monotonic())))
+    finally:
+        if asked:  # from here on the workers themselves ask for what they need
+            _ask_autoscaler([])
 
 
 def run_on_ray(
@@ -144,7 +151,7 @@ class _RayWorker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         try:
-            self._worker.check_driver()
+            check_driver(self._spec)
             if self._plan is None:  # not in the constructor, whose errors Ray would wrap too
                 self._plan = read_plan(self._spec.paths.plan)
             stats = self._worker.run(self._plan[int(batch["shard"][0])])

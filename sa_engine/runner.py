@@ -210,8 +210,9 @@ def _begin(
     run_dir.check_same(paths, planned.info.model, model)
     run_dir.continue_run(paths, planned)
     committed = committed_shards(paths)
+    names = {shard_name(index) for index in committed}
     for name in list_begun(paths):
-        if name in {shard_name(index) for index in committed}:
+        if name in names:
             sweep(paths.partial / name)  # its worker was killed between its commit and its clean-up
     return run_dir.refresh_failed(paths, config, planned, committed.intersection(todo))
 
@@ -259,7 +260,7 @@ def _machine(stage: Stage, config: RunConfig, threads: int | None) -> Iterator[R
 
 def _describe_machine(stage: Stage, config: RunConfig, threads: int | None) -> Resources:
     """What each worker will get, without starting a Ray of our own."""
-    if config.local or config.ray_address:
+    if config.local or ray_pool.cluster_address(config):
         with _machine(stage, config, threads) as resources:
             return resources
     memory = worker_memory(config, stage.worker_memory(config))

@@ -9,7 +9,7 @@ from sa_engine.plan import read_plan, shard_name
 from sa_engine.progress import duration
 from sa_engine.run_dir import read_info
 from sa_engine.shards import read_markers
-from sa_engine.storage import AnyPath, RunPaths
+from sa_engine.storage import AnyPath, RunError, RunPaths
 
 _BAR = 30  # characters
 
@@ -102,6 +102,12 @@ class RunStatus:
 def read_status(out: AnyPath) -> RunStatus:
     """How far the run in a folder is; writes nothing. Raises RunError if there is none."""
     paths = RunPaths(out)
+    if not paths.info.exists() and is_live(paths):
+        holder = _holder(paths)
+        raise RunError(
+            f"{out} is still being planned, by process {holder['pid']} on {holder['host']}: look "
+            "again a little later"
+        )
     info, plan = read_info(paths), read_plan(paths.plan)
     # Open shards first: one that is committed in between counts once, as committed.
     begun = {name: PartialShard(paths, name).ended() for name in list_begun(paths)}

@@ -110,7 +110,7 @@ class ShardWorker:
         start = time.monotonic()
         paths = self._spec.paths
         with told_if_output_fails(paths):
-            self.check_driver()
+            check_driver(self._spec)
             attempts: Mapping[int, int] = {}
             if paths.marker(shard.name).exists():
                 stats = ShardStats.from_json(paths.marker(shard.name).read_bytes())
@@ -129,7 +129,7 @@ class ShardWorker:
                 for images in [[image] for image in todo] if breadcrumbs.deaths else [todo]:
                     pipeline.run(images)
             breadcrumbs.hold([_NO_IMAGE])
-            self.check_driver()
+            check_driver(self._spec)
             seconds = time.monotonic() - start
             return commit_shard(paths, shard, self._spec.config.formats, seconds)
 
@@ -170,13 +170,14 @@ class ShardWorker:
             _limit_threads(self._spec.threads)
         return self._stage_worker
 
-    def check_driver(self) -> None:
-        """Raise RunError unless the run's folder is held by this worker's driver."""
-        if read_lock(self._spec.paths).get("session") != self._spec.session:
-            raise RunError(
-                f"{self._spec.paths.out} is not held by this run (any more): another run has "
-                "taken it, or this machine does not share that folder with the one that started"
-            )
+
+def check_driver(spec: WorkerSpec) -> None:
+    """Raise RunError unless the run's folder is held by this worker's driver."""
+    if read_lock(spec.paths).get("session") != spec.session:
+        raise RunError(
+            f"{spec.paths.out} is not held by this run (any more): another run has taken it, or "
+            "this machine does not share that folder with the one that started"
+        )
 
 
 class _Pipeline:
@@ -222,6 +223,7 @@ class _Pipeline:
 
     def _finish(self, image: PlannedImage, result: Any) -> None:
         finished = self._step("finish", image, self._encode, result)
+        check_driver(self._spec)  # what it says now may be of other options than the run there has
         if isinstance(finished, Failure):
             self._store.fail(finished)
         else:

@@ -3,20 +3,22 @@
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_stage import SmallStage, drive, run, small_config
-from test_runner import data_files, errors, files_of_run, in_child, markers
+from test_runner import data_files, errors, files_of_run, in_child, markers, plan
 
 from sa_engine import runner
 from sa_engine.lock import RunLock
-from sa_engine.plan import read_plan
+from sa_engine.plan import PlannedImage, read_plan
 from sa_engine.reader import iter_records
 from sa_engine.runner import Start
-from sa_engine.storage import RunError, RunPaths
+from sa_engine.storage import RunError, RunPaths, sweep
+from sa_engine.worker import ShardWorker, WorkerSpec
 
 
 def keys(out: Path) -> dict[int, str]:
@@ -249,6 +251,47 @@ def test_a_run_whose_lock_is_stolen_commits_no_more(photo_folder: Path, tmp_path
         run(replace(config, model="b"))
     stolen[0].__exit__(None, None, None)
     assert not paths.lock.exists()
+
+
+def test_workers_of_an_overwritten_run_leave_nothing_in_the_new_one(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    """A worker that outlives its driver has an image in hand while another run starts over."""
+    out = tmp_path / "out"
+    config = small_config(photo_folder, out, shard_size=4, bands=2)
+    paths = plan(config)
+    taken: list[RunLock] = []
+
+    class Slow(SmallStage):
+        def make_worker(self, config: Any) -> Any:
+            worker = super().make_worker(config)
+            process = worker.process
+
+            def overtaken(item: PlannedImage, prepared: Any) -> Any:
+                if item.image_id == 2:
+                    while not list(paths.partial.glob("*/1.done")):
+                        time.sleep(0.001)
+                    taken.append(RunLock(paths, "new", steal=True))
+                    taken[0].__enter__()
+                    sweep(paths.partial)
+                return process(item, prepared)
+
+            worker.process = overtaken
+            return worker
+
+    with RunLock(paths, "living"):
+        spec = WorkerSpec(
+            stage=Slow(),
+            config=config,
+            images=photo_folder,
+            paths=paths,
+            session="living",
+            threads=1,
+        )
+        with pytest.raises(RunError, match="another run has taken it"):
+            ShardWorker(spec).run(read_plan(paths.plan)[0])
+        assert not list(paths.partial.glob("*/*.done"))
+        taken[0].__exit__(None, None, None)
 
 
 def test_starting_over_and_going_on_contradict_each_other() -> None:

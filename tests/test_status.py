@@ -112,6 +112,14 @@ def test_a_lock_that_is_held_means_running(photo_folder: Path, tmp_path: Path) -
     assert "not known yet" in str(found)
 
 
+def test_a_run_that_is_being_planned_is_told(tmp_path: Path) -> None:
+    with (
+        RunLock(RunPaths(tmp_path / "out"), "ours"),
+        pytest.raises(RunError, match=f"still being planned, by process {os.getpid()} on "),
+    ):
+        read_status(tmp_path / "out")
+
+
 @pytest.mark.parametrize("command", ["status", "errors", "verify"])
 def test_a_folder_without_a_run_is_told(tmp_path: Path, command: str) -> None:
     result = sa_engine(command, tmp_path)
