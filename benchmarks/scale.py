@@ -13,7 +13,6 @@ import collections
 import os
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.fs
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from s3_server import s3_server
 
 from sa_engine.config import RunConfig
 from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
@@ -176,18 +177,7 @@ def requests(work: Path) -> None:
         AWS_ACCESS_KEY_ID="k", AWS_SECRET_ACCESS_KEY="s", AWS_EC2_METADATA_DISABLED="true"
     )
     log = work / "log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        while b"Running on http://" not in log.read_bytes():
-            time.sleep(0.05)
-        address = log.read_text().partition("Running on http://")[2].split()[0]
-        query = f"endpoint_override=http://{address}&region=us-east-1&allow_bucket_creation=true"
-        pa.fs.FileSystem.from_uri(f"s3://bucket?{query}")[0].create_dir("bucket")
+    with s3_server(log) as query:
         worker = CannedWorker()
         counts = {}
         for size in (8, 16):
@@ -212,8 +202,6 @@ def requests(work: Path) -> None:
             print(
                 f"{name:8} {an_image:6.2f} an image, {counts[8][name] - 8 * an_image:6.1f} a run of one shard"
             )
-    finally:
-        server.kill()
 
 
 def kind(method: str, path: str) -> str:

@@ -1,5 +1,6 @@
 """What a run would do, and what it has done."""
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -98,7 +99,10 @@ class Report:
                 f"{self.masks} masks{per_image}",
                 speed if self.processed else "nothing was left to do",
                 f"output: {self.out}",
-                *([f"reasons of failures: {RunPaths(self.out).errors('*')}"] * bool(self.failed)),
+                *(
+                    [f"reasons of failures: sa-engine errors {shlex.quote(str(self.out))}"]
+                    * bool(self.failed)
+                ),
             ]
         )
 
@@ -139,5 +143,5 @@ def check_failures(report: Report, max_failed: float) -> None:
         raise TooManyFailures(
             f"{report.failed} of {report.planned} images failed, more than max_failed = "
             f"{max_failed:g} allows; {report.ok} images with {report.masks} masks are finished in "
-            f"{report.out}, and the reasons are in {RunPaths(report.out).errors('*')}"
+            f"{report.out}; sa-engine errors {shlex.quote(str(report.out))} says why the others are not"
         )

@@ -1,9 +1,6 @@
 """Shared fixtures: real photos, at the sizes that keep the suite fast."""
 
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import numpy as np
 import pytest
 import skimage
 from PIL import Image
+from s3_server import s3_server
 
 PHOTO_NAMES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
@@ -82,24 +80,5 @@ def ray_address() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
     """An S3 server on loopback: gives the URI of a folder in its one bucket."""
-    from pyarrow.fs import FileSystem
-
-    log = tmp_path_factory.mktemp("s3") / "log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        while b"Running on http://" not in log.read_bytes():
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.05)
-        address = log.read_text().partition("Running on http://")[2].split()[0]
-        query = f"endpoint_override=http://{address}&region=us-east-1"
-        uri = f"s3://bucket?{query}&allow_bucket_creation=true"
-        FileSystem.from_uri(uri)[0].create_dir("bucket")
+    with s3_server(tmp_path_factory.mktemp("s3") / "log") as query:
         yield lambda folder: f"s3://bucket/{folder}?{query}"
-    finally:
-        server.kill()
-        server.wait()
