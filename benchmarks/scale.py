@@ -137,8 +137,8 @@ def ray(work: Path) -> None:
 
     from sa_engine import ray_pool
     from sa_engine.lock import RunLock
+    from sa_engine.pipeline import WorkerSpec
     from sa_engine.resources import Resources
-    from sa_engine.worker import WorkerSpec
 
     images = copies(work / "images", 1)
     config = RunConfig(images=str(images), out=str(work / "out"), formats=("parquet",))

@@ -18,12 +18,13 @@ from typing import Any
 
 from sa_engine.config import RunConfig
 from sa_engine.errors import SaEngineError
+from sa_engine.pipeline import WorkerSpec, check_driver
 from sa_engine.plan import Plan, read_plan
 from sa_engine.progress import stop_on_signals
 from sa_engine.resources import Node, Resources, settle_resources
 from sa_engine.shards import ShardStats
 from sa_engine.storage import OutputError, RunError
-from sa_engine.worker import ShardWorker, WorkerSpec, check_driver
+from sa_engine.worker import ShardWorker
 
 _WAIT_POLL_S = 2.0
 _REACH_S = 10.0

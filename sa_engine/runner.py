@@ -14,6 +14,7 @@ from sa_engine import ray_pool, run_dir
 from sa_engine.config import RunConfig
 from sa_engine.lock import RunLock
 from sa_engine.partial import PartialShard, list_begun
+from sa_engine.pipeline import SkipImage, Stage, StageWorker, WorkerSpec
 from sa_engine.plan import Plan, read_plan, shard_name
 from sa_engine.progress import Interrupted, Progress, StopSignal, stop_on_signals, this_command
 from sa_engine.report import PlanSummary, Report, check_failures, make_report
@@ -29,7 +30,7 @@ from sa_engine.resources import (
 from sa_engine.run_dir import PlannedRun, images_folder, open_run, plan_run
 from sa_engine.shards import ShardStats, committed_shards, read_markers
 from sa_engine.storage import RunError, RunPaths, location, sweep, told_if_output_fails
-from sa_engine.worker import ShardWorker, SkipImage, Stage, StageWorker, WorkerSpec
+from sa_engine.worker import ShardWorker
 
 __all__ = [
     "RESUME",

@@ -25,11 +25,12 @@ from sa_engine import runner
 from sa_engine.config import RunConfig, load_config
 from sa_engine.errors import SaEngineError
 from sa_engine.options import option
+from sa_engine.pipeline import WorkerSpec
 from sa_engine.plan import PlannedImage, read_plan
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
 from sa_engine.remote import RemotePath
 from sa_engine.storage import RunPaths
-from sa_engine.worker import ShardWorker, WorkerSpec
+from sa_engine.worker import ShardWorker
 
 
 @dataclass(frozen=True, kw_only=True)

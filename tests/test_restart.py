@@ -14,11 +14,12 @@ from test_runner import data_files, errors, files_of_run, in_child, markers, pla
 
 from sa_engine import runner
 from sa_engine.lock import RunLock
+from sa_engine.pipeline import WorkerSpec
 from sa_engine.plan import PlannedImage, read_plan
 from sa_engine.reader import iter_records
 from sa_engine.runner import Start
 from sa_engine.storage import RunError, RunPaths, sweep
-from sa_engine.worker import ShardWorker, WorkerSpec
+from sa_engine.worker import ShardWorker
 
 
 def keys(out: Path) -> dict[int, str]:
