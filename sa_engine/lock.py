@@ -24,6 +24,8 @@ from sa_engine.storage import RunError, RunPaths, atomic_write, modified
 _BEAT_S = 15.0
 # A driver whose machine stalls for a few beats is not dead yet.
 _DEAD_AFTER_S = 180.0
+# The system reckons a process's birth from its boot, whose time moves when the clock is set.
+_BIRTH_S = 30.0
 _CLOCK = "clock"
 
 
@@ -187,7 +189,7 @@ def is_live(paths: RunPaths, probe: bool = False) -> bool:
     if holder.get("host") == socket.gethostname():
         try:
             process = psutil.Process(int(holder["pid"]))
-            return abs(process.create_time() - holder["born"]) < 1
+            return abs(process.create_time() - holder["born"]) < _BIRTH_S
         except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
             return False
     return silence(paths, probe) < _DEAD_AFTER_S

@@ -102,6 +102,7 @@ def test_texts_hide_credentials(s3: Callable[[str], str]) -> None:
     place = RemotePath(s3("x y/z").replace("s3://", "s3://key:secret@"))
     assert str(place / "1") == "s3://bucket/x y/z/1"
     assert "secret" not in repr(place)
+    assert str(RemotePath("gs://anonymous@bucket/x") / "y") == "gs://bucket/x/y"
     with pytest.raises(LocationError, match="ftp://host/x: ") as caught:
         location("ftp://user:secret@host/x")
     assert "secret" not in str(caught.value)
