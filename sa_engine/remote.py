@@ -4,11 +4,12 @@ A `RemotePath` has the part of `pathlib.Path`'s interface that a run needs, so t
 serves both; what differs (how a file gets to its name in one step) is in `storage.py`.
 """
 
+import functools
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 import tenacity
@@ -18,7 +19,8 @@ from sa_engine.errors import SaEngineError
 # They put whole objects or none, and have no folders that would have to be made.
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 _SMALL_FILES_AT_ONCE = {"s3": "allow_delayed_open=true"}
-# A store that does not answer for a minute is no reason to end a run of weeks.
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+# What a store will answer again however often it is asked.
 _FINAL = re.compile(
     "ACCESS_DENIED|NO_SUCH|INVALID|SIGNATURE|FORBIDDEN|Unauthenticated", re.IGNORECASE
 )
@@ -29,12 +31,35 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is None and not _FINAL.search(str(error))
 
 
-_patiently = tenacity.retry(
+# A store that does not answer for a minute is no reason to end a run of weeks.
+_try_again = tenacity.retry(
     retry=tenacity.retry_if_exception(_may_pass),
     stop=tenacity.stop_after_attempt(4),
     wait=tenacity.wait_random_exponential(multiplier=2, max=30),
     reraise=True,
 )
+
+
+def _patiently(method: MethodT) -> MethodT:
+    """Let a method of `RemotePath` try again, and raise StoreError where the store refuses for good."""
+    patient = _try_again(method)
+
+    @functools.wraps(method)
+    def call(self: "RemotePath", *args: Any, **options: Any) -> Any:
+        try:
+            return patient(self, *args, **options)
+        except OSError as error:
+            if error.errno is not None or isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{self}: {' '.join(str(error).split())}") from None
+
+    return cast(MethodT, call)
+
+
+class StoreError(SaEngineError, OSError):
+    """A store that cannot be reached, or that refuses what was asked of it."""
+
+    exit_code = 1
 
 
 class LocationError(SaEngineError):

@@ -10,15 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from small_stage import drive, run, small_config
 from test_runner import data_files, in_child
 
 from sa_engine import lock, runner
+from sa_engine.cli import main
 from sa_engine.lock import RunLock
 from sa_engine.partial import PartialShard
 from sa_engine.pictures import show
 from sa_engine.reader import iter_records
-from sa_engine.remote import LocationError, RemotePath
+from sa_engine.remote import LocationError, RemotePath, StoreError
 from sa_engine.storage import RunError, RunPaths, list_names, location, modified
 from sa_engine.verify import verify
 
@@ -261,6 +263,19 @@ def test_what_is_wrong_with_a_place_is_told(
     with pytest.raises(RunError, match="images folder s3://no-such-bucket/x"):
         run(small_config(missing, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_operators_are_told_of_a_store_that_refuses(s3: Callable[[str], str]) -> None:
+    missing = s3("x").replace("s3://bucket", "s3://no-such-bucket")
+    for command in (["status"], ["errors"], ["verify"], ["split", "--holdout=1"]):
+        result = CliRunner().invoke(main, [*command, missing])
+        assert result.exit_code == 2, result.output
+        assert result.output.startswith("Error: ") and "s3://no-such-bucket/x" in result.output
+    place = RemotePath(missing)
+    with pytest.raises(StoreError, match="s3://no-such-bucket/x: .*NO_SUCH_BUCKET"):
+        place.put(b"")
+    with pytest.raises(FileNotFoundError):
+        place.read_bytes()
 
 
 def test_pictures_of_a_run_in_a_bucket(
