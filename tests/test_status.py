@@ -127,6 +127,18 @@ def test_a_folder_without_a_run_is_told(tmp_path: Path, command: str) -> None:
     assert result.output.startswith("Error: ") and str(tmp_path) in result.output
 
 
+def test_verify_ends_with_1_if_anything_is_wrong(photo_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(small_config(photo_folder, out))
+    whole = sa_engine("verify", out, "--num-workers", 1)
+    assert (whole.exit_code, "no problem found" in whole.output) == (0, True)
+    tar = out / "sa_000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-1])
+    damaged = sa_engine("verify", out, "--num-workers", 1)
+    assert (damaged.exit_code, "problems found: 1" in damaged.output) == (1, True)
+    assert "sa_000000.tar: has " in damaged.output
+
+
 def test_looking_at_a_run_loads_no_heavy_library(photo_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(small_config(photo_folder, out))
