@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -19,12 +20,19 @@ from sa_engine.storage import RunPaths
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
+def own_agent() -> dict[str, int]:
+    """A port for a node's agent, which takes jobs: all nodes of a machine have the same by default."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return {"dashboard_agent_listen_port": free.getsockname()[1]}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head node with one CPU and a job server."""
     from ray.cluster_utils import Cluster
 
-    head = {**NODE, "include_dashboard": True, "dashboard_port": 0}
+    head = {**NODE, **own_agent(), "include_dashboard": True, "dashboard_port": 0}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
@@ -97,7 +105,7 @@ def test_what_does_not_fit_is_told_at_once_or_waited_for(
         time.sleep(0.05)
     time.sleep(3)
     assert driver.poll() is None and not RunPaths(out).info.exists(), "it waits"
-    node = cluster.add_node(**NODE)
+    node = cluster.add_node(**NODE, **own_agent())
     _, stderr = driver.communicate()
     cluster.remove_node(node)
     assert driver.returncode == 0, stderr
@@ -108,7 +116,7 @@ def test_a_node_that_is_lost_costs_nothing(
     cluster: Any, photo_folder: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     """Its worker's shard is redone on the other; what the run says stays readable."""
-    node = cluster.add_node(**NODE)
+    node = cluster.add_node(**NODE, **own_agent())
     out = tmp_path / "out"
     driver = start_driver(photo_folder, out, *on(cluster, "num_workers=2", "seconds=2"))
     while len(list(RunPaths(out).partial.glob("*/inflight.json"))) < 2:
