@@ -29,8 +29,9 @@ import skimage
 from PIL import Image
 
 from sa_engine import rle, runner
-from sa_engine.config import AutoConfig, MaskConfig, RunConfig
+from sa_engine.config import AutoConfig, MaskConfig, ShardConfig
 from sa_engine.images import encode_jpeg
+from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
 
@@ -49,10 +50,10 @@ class CannedStage:
     worker: "CannedWorker"
     name: str = "canned"
 
-    def worker_memory(self, config: RunConfig) -> int:
+    def worker_memory(self, config: ShardConfig) -> int:
         return 0
 
-    def make_worker(self, config: RunConfig) -> "CannedWorker":
+    def make_worker(self, config: ShardConfig) -> "CannedWorker":
         return self.worker
 
 
@@ -79,7 +80,7 @@ class CannedWorker:
         """Wait as if a GPU did the work."""
         time.sleep(STAGE_S)
 
-    def finish(self, item: PlannedImage, result: None) -> tuple[ImageRecord, bytes]:
+    def finish(self, item: PlannedImage, result: None) -> Finished:
         """The canned record under the image's own ids."""
         masks = tuple(
             MaskRecord(
@@ -103,7 +104,7 @@ class CannedWorker:
             sha256="0" * 64,
             masks=masks,
         )
-        return record, self.jpeg
+        return finished_record(record, self.jpeg)
 
 
 def photo_file() -> Path:
@@ -125,7 +126,7 @@ def overhead(work: Path) -> None:
     worker = CannedWorker()  # its pictures and masks are not the runner's time
     for formats, size in ((("tar", "parquet"), 128), (("tar", "parquet"), 8), (("parquet",), 128)):
         out = work / f"out-{'-'.join(formats)}-{size}"
-        config = RunConfig(
+        config = ShardConfig(
             images=str(images), out=str(out), local=True, formats=formats, shard_size=size
         )
         cpu = time.process_time()

@@ -30,7 +30,7 @@ import pyarrow as pa
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from s3_server import s3_server
 
-from sa_engine.config import RunConfig
+from sa_engine.config import ShardConfig
 from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
 from sa_engine.listing import COLUMNS, list_images
 from sa_engine.plan import Plan, make_plan, new_images, read_plan, shard_name, write_plan
@@ -120,7 +120,7 @@ def markers(work: Path) -> None:
             ok=SHARD,
             skipped=0,
             failed=0,
-            masks=100 * SHARD,
+            counts={"masks": 100 * SHARD},
             seconds=1.0,
             files=files,
         )
@@ -141,14 +141,14 @@ def ray(work: Path) -> None:
     from sa_engine.resources import Resources
 
     images = copies(work / "images", 1)
-    config = RunConfig(images=str(images), out=str(work / "out"), formats=("parquet",))
+    config = ShardConfig(images=str(images), out=str(work / "out"), formats=("parquet",))
     paths = RunPaths(work / "out")
     with RunLock(paths, "session"):
         write_plan(paths.plan, make_plan(found(NO_OPS), 1), paths.scratch)
         for index in range(NO_OPS):
             name = shard_name(index)
             stats = ShardStats(
-                name=name, planned=1, ok=1, skipped=0, failed=0, masks=0, seconds=0.0, files={}
+                name=name, planned=1, ok=1, skipped=0, failed=0, counts={}, seconds=0.0, files={}
             )
             atomic_write(paths.marker(name), stats.to_json().encode(), durable=False)
         spec = WorkerSpec(
@@ -185,7 +185,7 @@ def requests(work: Path) -> None:
             for file in copies(work / str(size), size).iterdir():
                 atomic_write(photos / file.name, file.read_bytes())
             before = len(log.read_bytes())
-            config = RunConfig(
+            config = ShardConfig(
                 images=f"s3://bucket/photos-{size}?{query}",
                 out=f"s3://bucket/out-{size}?{query}",
                 shard_size=size,

@@ -22,6 +22,7 @@ __all__ = [
     "ConfigError",
     "MaskConfig",
     "RunConfig",
+    "ShardConfig",
     "fingerprint",
     "identity_values",
     "load_config",
@@ -99,15 +100,9 @@ class RunConfig(Config):
     """What any stage needs to run over a folder of images."""
 
     images: str = option(help="Folder or URI of images, searched with its subfolders.")
-    out: str = option(help="Folder or URI for the shards; a run owns its folder.")
+    out: str = option(help="Folder or URI for the output; a run owns its folder.")
     shard_size: int | None = option(
         None, bounds=(1, None), identity=True, help="Images per shard; default 1/32, at most 128."
-    )
-    formats: tuple[str, ...] = option(
-        FORMATS, identity=True, help="Parts of a shard to write: tar, parquet."
-    )
-    write_images: bool = option(
-        True, identity=True, help="Write the released JPEGs into the tars; false: masks only."
     )
     jpeg_quality: int = option(
         95, bounds=(1, 100), identity=True, help="Quality of the released JPEGs."
@@ -145,6 +140,30 @@ class RunConfig(Config):
     )
     verbose: bool = option(False, help="Show the workers' logs.")
 
+    def work_folder(self) -> str | None:
+        """Where the run keeps its own files, if not in its output."""
+        return None
+
+    def shard_formats(self) -> tuple[str, ...]:
+        """Suffixes of a shard's files."""
+        return ()
+
+    def parts(self) -> tuple[str, ...]:
+        """Parts that a finished image must have, see `partial.Finished`."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig(RunConfig):
+    """What a stage needs whose output is shards of masks."""
+
+    formats: tuple[str, ...] = option(
+        FORMATS, identity=True, help="Parts of a shard to write: tar, parquet."
+    )
+    write_images: bool = option(
+        True, identity=True, help="Write the released JPEGs into the tars; false: masks only."
+    )
+
     def __post_init__(self) -> None:
         """Also check the formats, and put them in their own order: it must not change the bytes."""
         super().__post_init__()
@@ -157,9 +176,17 @@ class RunConfig(Config):
         ordered = tuple(name for name in FORMATS if name in self.formats)
         object.__setattr__(self, "formats", ordered)
 
+    def shard_formats(self) -> tuple[str, ...]:
+        """The same as `formats`."""
+        return self.formats
+
+    def parts(self) -> tuple[str, ...]:
+        """A record in both forms, and its picture if tars hold pictures."""
+        return ("row", "sa1b", *(["jpeg"] if self.write_images and "tar" in self.formats else []))
+
 
 @dataclass(frozen=True, kw_only=True)
-class AutoConfig(MaskConfig, RunConfig):
+class AutoConfig(MaskConfig, ShardConfig):
     """The fully automatic stage: photos in, masks out."""
 
     checkpoint: str = option("vit_t", help="Model name or checkpoint file.")

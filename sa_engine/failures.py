@@ -9,7 +9,7 @@ from sa_engine.partial import Failure
 from sa_engine.plan import read_plan, shard_name
 from sa_engine.reader import read_failures
 from sa_engine.shards import read_markers
-from sa_engine.storage import AnyPath, RunPaths
+from sa_engine.storage import AnyPath, find_run
 
 _READERS = 16
 _MESSAGE = 70  # characters of a reason in the table
@@ -39,7 +39,7 @@ def list_failures(out: AnyPath) -> list[Failure]:
 
     Raises RunError if there is no run.
     """
-    paths = RunPaths(out)
+    paths = find_run(out)
     markers = read_markers(paths, range(len(read_plan(paths.plan))))
     names = [shard_name(index) for index, s in markers.items() if s.failed or s.skipped]
     with ThreadPoolExecutor(_READERS) as readers:

@@ -72,7 +72,7 @@ class RunLock:
             self._paths.lock.unlink(missing_ok=True)
         if self._file >= 0:
             os.close(self._file)
-        for folder in (self._paths.scratch, self._paths.run, self._paths.out):
+        for folder in (self._paths.scratch, self._paths.shards, self._paths.run, self._paths.out):
             if isinstance(folder, Path):
                 with suppress(OSError):  # there is something in it
                     folder.rmdir()
@@ -111,7 +111,9 @@ class RunLock:
 
     def _open(self, lock: Path) -> int:
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
+            # A folder of its own holds an audit, which is nobody else's business.
+            mode = 0o777 if self._paths.work is None else 0o700
+            lock.parent.mkdir(mode, parents=True, exist_ok=True)
             return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RunError(f"cannot write to the output {self._paths.out}: {error}") from None

@@ -1,15 +1,15 @@
 """The finished images of unfinished shards: what a killed run leaves for its successor.
 
-A finished image is one file: a line of JSON that says how long the parts are, then its row of
-Parquet, its SA-1B JSON and its picture, ready to be put together to a shard. It is checked when it
-is read, so writing it need not wait for the disk.
+A finished image is one file: a line of JSON that says what follows, then the parts, ready to be put
+together to a shard. It is checked when it is read, so writing it need not wait for the disk.
 """
 
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -43,33 +43,36 @@ class Failure:
     attempts: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A finished image in the parts of which shards are made.
+    """A finished image.
 
     Attributes:
-        row: its record, one row of `records.ARROW_SCHEMA`.
-        sa1b: its record as SA-1B's JSON.
-        jpeg: its picture, if pictures are released.
+        image_id: of the image in the plan.
+        counts: what was found in it, such as {"masks": 12}.
+        parts: of which its shard is made: "row" (its record, one row of `records.ARROW_SCHEMA` as an
+            Arrow stream), "sa1b" (the record as SA-1B's JSON), "jpeg" (its picture), "audit" (a line
+            of JSON that says what was redacted).
+        released: files of the output that are an image's own, by their path there. They are put in
+            place when the image ends and are not kept with its parts.
     """
 
-    row: pa.Table
-    sa1b: bytes
-    jpeg: bytes | None
+    image_id: int
+    counts: Mapping[str, int]
+    parts: Mapping[str, bytes]
+    released: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
-    def image_id(self) -> int:
-        """From its row."""
-        return self.row.column("image_id")[0].as_py()
-
-    @property
-    def masks(self) -> int:
-        """Number of its masks."""
-        return len(self.row.column("masks").chunk(0).values)
+    def row(self) -> pa.Table:
+        """Its record, as a table."""
+        with pa.ipc.open_stream(self.parts["row"]) as reader:
+            return reader.read_all()
 
 
-def pack(record: ImageRecord, jpeg: bytes | None) -> bytes:
-    """The content of a finished image's file.
+def finished_record(
+    record: ImageRecord, jpeg: bytes | None, audit: bytes | None = None
+) -> Finished:
+    """A finished image that has masks.
 
     Raises RecordError or ValueError for a record that cannot be written.
     """
@@ -77,10 +80,31 @@ def pack(record: ImageRecord, jpeg: bytes | None) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, row.schema) as writer:
         writer.write_table(row)
-    parts = [sink.getvalue().to_pybytes(), sa1b_json(record), jpeg]
-    body = b"".join(part or b"" for part in parts)
+    parts = {
+        "row": sink.getvalue().to_pybytes(),
+        "sa1b": sa1b_json(record),
+        "jpeg": jpeg,
+        "audit": audit,
+    }
+    return Finished(
+        image_id=record.image_id,
+        counts={"masks": len(record.masks)},
+        parts={name: part for name, part in parts.items() if part is not None},
+    )
+
+
+def to_line(content: Mapping[str, Any]) -> bytes:
+    """A line of JSON, as audits are made of."""
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+
+
+def pack(finished: Finished) -> bytes:
+    """The content of a finished image's file."""
+    body = b"".join(finished.parts.values())
     head = {
-        "sizes": [None if part is None else len(part) for part in parts],
+        "image_id": finished.image_id,
+        "counts": dict(finished.counts),
+        "sizes": {name: len(part) for name, part in finished.parts.items()},
         "crc32": zlib.crc32(body),
     }
     return json.dumps(head).encode() + b"\n" + body
@@ -92,14 +116,16 @@ def unpack(content: bytes) -> Finished:
     try:
         described = json.loads(head)
         sizes, crc32 = described["sizes"], described["crc32"]
-    except (KeyError, TypeError) as error:
+        parts, start = {}, 0
+        for name, size in sizes.items():
+            parts[name] = body[start : start + size]
+            start += size
+        finished = Finished(image_id=described["image_id"], counts=described["counts"], parts=parts)
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from None
     if zlib.crc32(body) != crc32:
         raise ValueError("the CRC is another")
-    row_end, sa1b_end = sizes[0], sizes[0] + sizes[1]
-    with pa.ipc.open_stream(body[:row_end]) as reader:
-        row = reader.read_all()
-    return Finished(row, body[row_end:sa1b_end], None if sizes[2] is None else body[sa1b_end:])
+    return finished
 
 
 class PartialShard:
@@ -108,9 +134,9 @@ class PartialShard:
     def __init__(self, paths: RunPaths, shard: str) -> None:
         self.folder = paths.partial / shard
 
-    def save(self, image_id: int, content: bytes) -> None:
-        """Store a finished image as `pack` makes it."""
-        self._write(f"{image_id}{_FINISHED}", content)
+    def save(self, finished: Finished) -> None:
+        """Store a finished image."""
+        self._write(f"{finished.image_id}{_FINISHED}", pack(finished))
 
     def fail(self, failure: Failure) -> None:
         """Store an image that ended without a record."""
@@ -138,7 +164,8 @@ class PartialShard:
         sweep(self.folder)
 
     def _write(self, name: str, content: bytes) -> None:
-        atomic_write(self.folder / name, content, durable=False)
+        # Private, as an audit is.
+        atomic_write(self.folder / name, content, durable=False, private=True)
 
     def _read(self, name: str) -> bytes | None:
         try:

@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +12,10 @@ from sa_engine.config import RunConfig
 from sa_engine.errors import SaEngineError
 from sa_engine.listing import size_and_mtime_ns
 from sa_engine.lock import read_lock
-from sa_engine.partial import Breadcrumbs, Failure, PartialShard, pack
+from sa_engine.partial import Breadcrumbs, Failure, Finished, PartialShard
 from sa_engine.plan import PlannedImage
-from sa_engine.records import ImageRecord
-from sa_engine.storage import AnyPath, RunError, RunPaths
+from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write
+from sa_engine.tree import tree_scratch
 
 _MESSAGE_LENGTH = 500
 # More than the pixels of the largest picture that is decoded, with 16 bits a sample.
@@ -38,8 +38,8 @@ class StageWorker(Protocol):
     def process(self, item: PlannedImage, prepared: Any) -> Any:
         """Run the model; always in the main thread."""
 
-    def finish(self, item: PlannedImage, result: Any) -> tuple[ImageRecord, bytes | None]:
-        """Make the record and the JPEG (None: no picture); runs in a thread, one image behind."""
+    def finish(self, item: PlannedImage, result: Any) -> Finished:
+        """Encode what the shard is made of; runs in a thread, one image behind."""
 
 
 class Stage(Protocol):
@@ -48,7 +48,10 @@ class Stage(Protocol):
     name: str
 
     def make_worker(self, config: Any) -> StageWorker:
-        """Load the model; called once in every worker process that has work."""
+        """Load the model; called once in every worker process that has work.
+
+        `config.threads_per_worker` is settled by now.
+        """
 
     def worker_memory(self, config: Any) -> int:
         """Bytes of memory that a worker takes at its peak, roughly; loads nothing."""
@@ -135,7 +138,8 @@ class Pipeline:
         if isinstance(finished, Failure):
             self._store.fail(finished)
         else:
-            self._store.save(image.image_id, finished)
+            self._release(finished)
+            self._store.save(finished)
 
     def _step(
         self, step: str, image: PlannedImage, function: Callable[..., Any], *inputs: Any
@@ -169,16 +173,23 @@ class Pipeline:
             _check_unchanged(image, *size_and_mtime_ns(os.fstat(file.fileno())))
             return file.read()
 
-    def _encode(self, image: PlannedImage, result: Any) -> bytes:
-        """The finished image's file: its record and, if pictures are released, its JPEG."""
-        record, jpeg = self._worker.finish(image, result)
-        if record.image_id != image.image_id:
-            raise ValueError(f"record of image {record.image_id} for image {image.image_id}")
-        if not (self._spec.config.write_images and "tar" in self._spec.config.formats):
-            return pack(record, None)
-        if jpeg is None:
-            raise ValueError("the stage made no picture, but write_images is on")
-        return pack(record, jpeg)
+    def _encode(self, image: PlannedImage, result: Any) -> Finished:
+        """The finished image, with all parts that its shard needs and no other."""
+        finished = self._worker.finish(image, result)
+        if finished.image_id != image.image_id:
+            raise ValueError(f"record of image {finished.image_id} for image {image.image_id}")
+        needed = self._spec.config.parts()
+        missing = [name for name in needed if name not in finished.parts]
+        if missing:
+            raise ValueError(f"the stage made no {missing[0]}, which the shards need")
+        parts = {name: part for name, part in finished.parts.items() if name in (*needed, "audit")}
+        return replace(finished, parts=parts)
+
+    def _release(self, finished: Finished) -> None:
+        """Put the files in place that are an image's own."""
+        out = self._spec.paths.out
+        for name, data in finished.released.items():
+            atomic_write(out / name, data, scratch=tree_scratch(out))
 
 
 def _check_unchanged(image: PlannedImage, size: int, mtime_ns: int) -> None:

@@ -125,6 +125,11 @@ class Plan:
             columns = self._file.read(columns=["shard", "size"])
             return _numbers(columns, "size")[chosen[_numbers(columns, "shard")]]
 
+    def keys(self) -> list[str]:
+        """Keys of all images."""
+        with self._told_if_damaged():
+            return self._file.read(columns=["key"]).column("key").to_pylist()
+
     def select(self, limit: int | None) -> range:
         """The first shards that together hold at least `limit` images; None: all."""
         if limit is None:

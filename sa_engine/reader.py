@@ -1,15 +1,17 @@
 """Finished shards, read back: records, pictures, failures; or taken apart to be retried."""
 
+import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow.parquet as pq
 
-from sa_engine.partial import Failure, PartialShard, pack
+from sa_engine.partial import Failure, Finished, PartialShard, finished_record, to_line
 from sa_engine.plan import Shard, read_plan, shard_name
 from sa_engine.records import ImageRecord, from_sa1b, from_table, image_name
 from sa_engine.shards import ShardStats, read_markers
@@ -41,18 +43,39 @@ def reopen_shard(paths: RunPaths, shard: Shard) -> dict[int, int]:
     """
     stats = ShardStats.from_json(paths.marker(shard.name).read_bytes())
     for name, file in stats.files.items():
-        if sha256_file(paths.out / name) != file["sha256"]:
-            raise RunError(f"{paths.out / name} was changed: its sha256 is not its marker's")
+        if sha256_file(paths.shards / name) != file["sha256"]:
+            raise RunError(f"{paths.shards / name} was changed: its sha256 is not its marker's")
+    audit = read_audit(paths, shard.name, stats)
     store = PartialShard(paths, shard.name)
     store.remove()
     failures = read_failures(paths, shard.name)
     for failure in failures:
         if failure.status == "skipped":
             store.fail(failure)
-    for record, jpeg in _contents(paths.out, shard, stats):
-        store.save(record.image_id, pack(record, jpeg))
+    for image_id, line in audit.items() if not stats.files else ():
+        store.save(
+            Finished(image_id=image_id, counts=line["counts"], parts={"audit": to_line(line)})
+        )
+    for record, jpeg in _contents(paths.out, shard, stats) if stats.files else ():
+        redacted = audit.get(record.image_id)
+        store.save(finished_record(record, jpeg, None if redacted is None else to_line(redacted)))
     paths.marker(shard.name).unlink()
     return {f.image_id: f.attempts for f in failures if f.status == "failed"}
+
+
+def read_audit(paths: RunPaths, name: str, stats: ShardStats) -> dict[int, dict[str, Any]]:
+    """What was redacted in a committed shard's images, by image id; empty if its run redacts nothing.
+
+    Raises RunError if the file is not what the marker says.
+    """
+    if stats.audit_sha256 is None:
+        return {}
+    path = paths.audit(name)
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content).hexdigest() != stats.audit_sha256:
+        raise RunError(f"{path} was changed or is missing: its sha256 is not its marker's")
+    lines = (json.loads(line) for line in content.splitlines())
+    return {line["image_id"]: line for line in lines}
 
 
 def iter_records(out: AnyPath) -> Iterator[ImageRecord]:
@@ -63,8 +86,7 @@ def iter_records(out: AnyPath) -> Iterator[ImageRecord]:
     """
     paths = RunPaths(out)
     plan = read_plan(paths.plan)
-    markers = read_markers(paths, range(len(plan)))
-    for index, stats in markers.items():
+    for index, stats in read_markers(paths, range(len(plan))).items():
         yield from shard_records(out, plan[index], stats)
 
 

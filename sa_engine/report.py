@@ -1,6 +1,7 @@
 """What a run would do, and what it has done."""
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Report:
     Attributes:
         out: the run's folder.
         planned, ok, skipped, failed: numbers of images within `limit`, of all sessions of the run.
-        masks: of the ok images.
+        counts: what was found in the ok images, such as {"masks": 120}.
         remaining: images of the plan beyond `limit`.
         processed: images that this session worked on.
         seconds: wall time of this session.
@@ -77,10 +78,15 @@ class Report:
     ok: int
     skipped: int
     failed: int
-    masks: int
+    counts: dict[str, int]
     remaining: int
     processed: int
     seconds: float
+
+    @property
+    def masks(self) -> int:
+        """Number of masks."""
+        return self.counts.get("masks", 0)
 
     @property
     def images_per_second(self) -> float:
@@ -89,14 +95,13 @@ class Report:
 
     def __str__(self) -> str:
         """Give the numbers, the speed and the place of the output, a line each."""
-        per_image = f", {self.masks / self.ok:.1f} per image" if self.ok else ""
         counts = f"{self.ok} ok, {self.skipped} skipped, {self.failed} failed"
         beyond = f" ({self.remaining} more are beyond --limit)" if self.remaining else ""
         speed = f"{self.processed} images in {self.seconds:.1f} s, {self.images_per_second:.2f}/s"
         return "\n".join(
             [
                 f"{self.planned} images: {counts}{beyond}",
-                f"{self.masks} masks{per_image}",
+                *(f"{n:,} {kind}{per_image(n, self.ok)}" for kind, n in self.counts.items()),
                 speed if self.processed else "nothing was left to do",
                 f"output: {self.out}",
                 *(
@@ -105,6 +110,19 @@ class Report:
                 ),
             ]
         )
+
+
+def add_counts(stats: Iterable[ShardStats]) -> dict[str, int]:
+    """What was found in all images of some shards, by kind."""
+    total: Counter[str] = Counter()
+    for shard in stats:
+        total.update(shard.counts)
+    return dict(total)
+
+
+def per_image(count: int, images: int) -> str:
+    """So many in so many images, on average."""
+    return f", {count / images:.1f} per image" if images else ""
 
 
 def make_report(
@@ -127,7 +145,7 @@ def make_report(
         ok=sum(shard.ok for shard in stats),
         skipped=sum(shard.skipped for shard in stats),
         failed=sum(shard.failed for shard in stats),
-        masks=sum(shard.masks for shard in stats),
+        counts=add_counts(stats),
         remaining=remaining,
         processed=processed,
         seconds=seconds,
@@ -142,6 +160,6 @@ def check_failures(report: Report, max_failed: float) -> None:
     if report.failed > max_failed * report.planned:
         raise TooManyFailures(
             f"{report.failed} of {report.planned} images failed, more than max_failed = "
-            f"{max_failed:g} allows; {report.ok} images with {report.masks} masks are finished in "
+            f"{max_failed:g} allows; {report.ok} images are finished in "
             f"{report.out}; sa-engine errors {shlex.quote(str(report.out))} says why the others are not"
         )

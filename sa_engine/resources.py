@@ -167,7 +167,7 @@ def disk_space(
         return None
     folder = next(path for path in (paths.out, *paths.out.parents) if path.is_dir())
     needed = 0.0
-    if config.write_images and "tar" in config.formats:
+    if "jpeg" in config.parts() or paths.work is not None:
         sizes = plan.sizes(shards).clip(min=0) * _LEAST_SHARE_WRITTEN
         needed = float(sizes.clip(max=_LEAST_WRITTEN_CAP).sum())
     return DiskSpace(int(needed), shutil.disk_usage(folder).free)

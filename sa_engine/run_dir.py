@@ -32,9 +32,12 @@ from sa_engine.storage import (
     location,
     sweep,
 )
+from sa_engine.tree import clear_tree, strangers
 
 # Options whose default depends on the inputs or the machine: decided once, then kept.
 _DECIDED_ONCE = ("shard_size", "threads_per_worker")
+# What a run that is being planned, or was killed then, has already put into its own folder.
+_BEFORE_A_RUN = ("lock", "heartbeat.json", "tmp", "plan.parquet", "shards")
 _OURS = re.compile(r"sa_\d{6,}\.(json|tar|parquet)|_run|holdout\.json")
 
 
@@ -171,6 +174,7 @@ def start_run(
             **decided,
             "images": str(images_folder(config)),
             "out": str(paths.out),
+            **({} if paths.work is None else {"work": str(paths.work)}),
             "num_workers": resources.workers,
             "gpus_per_worker": resources.gpus,
         },
@@ -214,10 +218,12 @@ def refresh_failed(
 
 def clear_run(paths: RunPaths) -> None:
     """Remove a run with all it has made, its `run.json` last, so that a kill leaves a run to remove."""
-    ours = [name for name in list_names(paths.out) if _OURS.fullmatch(name) and name != "_run"]
+    if paths.work is not None and paths.plan.exists():
+        clear_tree(paths, read_plan(paths.plan).keys())
+    ours = [name for name in list_names(paths.shards) if _OURS.fullmatch(name) and name != "_run"]
     for name in sorted(ours, key=lambda name: (not name.endswith(".json"), name)):
-        (paths.out / name).unlink(missing_ok=True)
-    for folder in (paths.partial, paths.run / "errors"):
+        (paths.shards / name).unlink(missing_ok=True)
+    for folder in (paths.partial, paths.run / "errors", paths.run / "audit"):
         sweep(folder)
     for file in (paths.plan, paths.info):
         file.unlink(missing_ok=True)
@@ -225,15 +231,18 @@ def clear_run(paths: RunPaths) -> None:
 
 def check_clearable(paths: RunPaths) -> None:
     """Raise RunError if `paths.out` holds anything but a run."""
-    if paths.info.exists():
-        others = [name for name in list_names(paths.out) if not _OURS.fullmatch(name)]
-        if others:
-            raise RunError(
-                f"output {paths.out} holds {sorted(others)[0]} beside its run: --overwrite removes "
-                "runs only; move it away, or use another --out"
-            )
-    else:
+    if not paths.info.exists():
         _check_empty(paths)
+        return
+    if paths.work is None:
+        others = [name for name in list_names(paths.out) if not _OURS.fullmatch(name)]
+    else:
+        others = strangers(paths.out, read_plan(paths.plan).keys())
+    if others:
+        raise RunError(
+            f"output {paths.out} holds {sorted(others)[0]} beside its run: --overwrite removes "
+            "runs only; move it away, or use another --out"
+        )
 
 
 def check_same(paths: RunPaths, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -260,11 +269,18 @@ def _look_at(path: AnyPath) -> tuple[int, int]:
 
 
 def _check_empty(paths: RunPaths) -> None:
-    if isinstance(paths.out, Path) and paths.out.exists() and not paths.out.is_dir():
-        raise RunError(f"output {paths.out} is a file: --out takes a new or empty folder")
-    others = sorted(name for name in list_names(paths.out) if name != paths.run.name)
+    for flag, folder in (("--out", paths.out), ("--work", paths.work)):
+        if isinstance(folder, Path) and folder.exists() and not folder.is_dir():
+            raise RunError(f"output {folder} is a file: {flag} takes a new or empty folder")
+    others = sorted(name for name in list_names(paths.out) if name != "_run")
     if others:
         raise RunError(
             f"output {paths.out} holds {others[0]} ({len(others)} entries in all) but no run: "
             "--out takes a new or empty folder, or that of a run to go on with"
+        )
+    others = [] if paths.work is None else sorted(list_names(paths.work))
+    others = [name for name in others if name not in _BEFORE_A_RUN]
+    if others:
+        raise RunError(
+            f"--work {paths.work} holds {others[0]} but no run: it takes a new or empty folder"
         )

@@ -22,6 +22,7 @@ from sa_engine.reader import read_failures
 from sa_engine.records import ImageRecord, from_sa1b, image_name, sa1b_json, to_sa1b
 from sa_engine.shards import ShardStats
 from sa_engine.storage import RunPaths, sha256_file
+from sa_engine.tree_checks import check_audit
 
 _STEPS = ("read", "prepare", "process", "finish")
 _MEMBER = re.compile(r"sa_(\d+)\.(jpg|json)")
@@ -60,7 +61,10 @@ def check_shard(task: ShardTask) -> Tally:
         stats = _check_marker(task, content, tally)
     if stats is None:
         return tally
-    files = _DataFiles(task, stats, _check_failures(task, stats, tally))
+    left_out = _check_failures(task, stats, tally)
+    if stats.audit_sha256 is not None or task.paths.work is not None:
+        check_audit(task.paths, task.shard, stats, left_out, tally)
+    files = _DataFiles(task, stats, left_out)
     table = None
     if "parquet" in task.formats:
         with tally.reading(f"{name}.parquet"):
@@ -83,7 +87,7 @@ def _check_marker(task: ShardTask, content: bytes, tally: Tally) -> ShardStats |
     if stats.name != name:
         tally.add(file, f"is the marker of {stats.name}")
     counts = (stats.ok, stats.skipped, stats.failed)
-    numbers = (*counts, stats.planned, stats.masks)
+    numbers = (*counts, stats.planned, *stats.counts.values())
     if sum(counts) != stats.planned or not all(type(n) is int and n >= 0 for n in numbers):
         tally.add(file, f"says that {counts} images are ok, skipped, failed of {stats.planned}")
     if stats.planned != planned:
@@ -153,7 +157,7 @@ class _DataFiles:
 
     def check_parquet(self, file: str, tally: Tally) -> ParquetRecords | None:
         """Check the Parquet file; return what the tar is compared with, None if it is damaged."""
-        data = (self._task.paths.out / file).read_bytes()
+        data = (self._task.paths.shards / file).read_bytes()
         changed = self._changed(file, len(data), hashlib.sha256(data).hexdigest())
         if changed:  # it explains all that is wrong inside, here and in the tar
             tally.add(file, changed)
@@ -180,7 +184,7 @@ class _DataFiles:
     def check_tar(self, file: str, table: ParquetRecords | None, tally: Tally) -> None:
         """Check the tar against the Parquet records or, if there are none, by itself."""
         inside = Tally()
-        with (self._task.paths.out / file).open("rb") as handle:
+        with (self._task.paths.shards / file).open("rb") as handle:
             hashed = HashedFile(handle)
             buffered = io.BufferedReader(hashed, BLOCK)
             with inside.reading(file), tarfile.open(fileobj=buffered, mode="r|") as archive:

@@ -10,6 +10,7 @@ import json
 import re
 import tarfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -24,6 +25,7 @@ from sa_engine.partial import Failure, Finished, PartialShard
 from sa_engine.plan import Shard, shard_name
 from sa_engine.records import ARROW_SCHEMA, SCHEMA_VERSION, image_name
 from sa_engine.storage import (
+    AnyPath,
     RunError,
     RunPaths,
     atomic_write,
@@ -49,10 +51,11 @@ class ShardStats:
     Attributes:
         name: of the shard.
         planned, ok, skipped, failed: numbers of images.
-        masks: of the ok images.
+        counts: what was found in the ok images, such as {"masks": 120}.
         seconds: that the session which committed the shard worked on it.
         files: name -> {"sha256": hex, "bytes": size}.
-        errors_sha256: hex, of `_run/errors/<shard>.jsonl`; None if every image is ok.
+        errors_sha256: hex, of the run's `errors/<shard>.jsonl`; None if every image is ok.
+        audit_sha256: hex, of the run's `audit/<shard>.jsonl`; None if nothing is redacted.
     """
 
     name: str
@@ -60,10 +63,16 @@ class ShardStats:
     ok: int
     skipped: int
     failed: int
-    masks: int
+    counts: dict[str, int]
     seconds: float
     files: dict[str, dict[str, Any]]
     errors_sha256: str | None = None
+    audit_sha256: str | None = None
+
+    @property
+    def masks(self) -> int:
+        """Number of masks."""
+        return self.counts.get("masks", 0)
 
     def to_json(self) -> str:
         """The marker's content."""
@@ -95,7 +104,7 @@ def commit_shard(
     folder = paths.scratch / f"{shard.name}.{uuid.uuid4().hex}"
     folder.mkdir(parents=True)
     built = [folder / f"{shard.name}.{suffix}" for suffix in formats]
-    ok, masks, failures = _build(store, shard, built)
+    ok, counts, failures, audit = _build(store, shard, built)
     skipped = sum(failure.status == "skipped" for failure in failures)
     if ok + len(failures) != len(shard.images):
         raise RunError(
@@ -109,31 +118,43 @@ def commit_shard(
         ok=ok,
         skipped=skipped,
         failed=len(failures) - skipped,
-        masks=masks,
+        counts=dict(counts),
         seconds=round(seconds, 3),
         files={
             path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in built
         },
         errors_sha256=hashlib.sha256(errors).hexdigest() if errors else None,
+        audit_sha256=hashlib.sha256(audit).hexdigest() if audit else None,
     )
     for path in built:
-        place(path, paths.out / path.name)
-    if errors:
-        atomic_write(paths.errors(shard.name), errors, scratch=folder)
-    else:  # those of a shard that was reopened to retry them
-        paths.errors(shard.name).unlink(missing_ok=True)
+        place(path, paths.shards / path.name)
+    _place_beside(paths.errors(shard.name), errors, folder)
+    _place_beside(paths.audit(shard.name), audit, folder, private=True)
     atomic_write(paths.marker(shard.name), stats.to_json().encode(), scratch=folder)
     sweep(folder)
     store.remove()
     return stats
 
 
+def _place_beside(path: AnyPath, content: bytes, folder: Path, private: bool = False) -> None:
+    """Put in place what belongs to a shard and is not part of it."""
+    if content:
+        atomic_write(path, content, scratch=folder, private=private)
+    else:  # that of a shard that was reopened to retry its failures
+        path.unlink(missing_ok=True)
+
+
 def _build(
     store: PartialShard, shard: Shard, files: Sequence[Path]
-) -> tuple[int, int, list[Failure]]:
-    """Write the finished images into `files`; return their number, their masks, and the others."""
-    ok = masks = 0
+) -> tuple[int, Counter[str], list[Failure], bytes]:
+    """Write the finished images into `files`.
+
+    Returns their number, what was found in them, the other images, and the audit.
+    """
+    ok = 0
+    counts: Counter[str] = Counter()
     failures: list[Failure] = []
+    audit: list[bytes] = []
     with ExitStack() as stack:
         sinks = [stack.enter_context(_SINKS[path.suffix](path)) for path in files]
         for image in shard.images:
@@ -142,15 +163,16 @@ def _build(
                 failures.append(outcome)
             elif outcome is not None:
                 ok += 1
-                masks += outcome.masks
+                counts.update(outcome.counts)
+                audit.append(outcome.parts.get("audit", b""))
                 for add in sinks:
                     add(outcome)
-    return ok, masks, failures
+    return ok, counts, failures, b"".join(audit)
 
 
 def committed_shards(paths: RunPaths) -> set[int]:
     """Indices of the shards whose marker is there: one listing, nothing is read."""
-    names = set(list_names(paths.out))
+    names = set(list_names(paths.shards))
     indices = (int(match[1]) for match in map(_MARKER.fullmatch, names) if match)
     return {index for index in indices if f"{shard_name(index)}.json" in names}
 
@@ -185,9 +207,9 @@ def _tar_sink(path: Path) -> Iterator[_Sink]:
 
         def add(image: Finished) -> None:
             name = image_name(image.image_id)
-            if image.jpeg is not None:
-                add_file(name, image.jpeg)
-            add_file(f"{Path(name).stem}.json", image.sa1b)
+            if "jpeg" in image.parts:
+                add_file(name, image.parts["jpeg"])
+            add_file(f"{Path(name).stem}.json", image.parts["sa1b"])
 
         yield add
         archive.write(bytes(2 * tarfile.BLOCKSIZE))

@@ -7,9 +7,10 @@ from sa_engine.lock import is_live, read_heartbeat, read_lock, silence
 from sa_engine.partial import PartialShard, list_begun
 from sa_engine.plan import read_plan, shard_name
 from sa_engine.progress import duration
+from sa_engine.report import add_counts, per_image
 from sa_engine.run_dir import read_info
 from sa_engine.shards import read_markers
-from sa_engine.storage import AnyPath, RunError, RunPaths
+from sa_engine.storage import AnyPath, RunError, RunPaths, find_run
 
 _BAR = 30  # characters
 
@@ -26,7 +27,7 @@ class RunStatus:
         images, shards: in the plan.
         committed: shards that are done.
         ok, skipped, failed: images of those shards.
-        masks: of the ok images.
+        counts: what was found in the ok images, such as {"masks": 120}.
         open_shards: that are begun and not done.
         ended: images of those that have ended, well or not.
         images_per_second: of the process that runs it, since it started; None if not known.
@@ -42,10 +43,15 @@ class RunStatus:
     ok: int
     skipped: int
     failed: int
-    masks: int
+    counts: dict[str, int]
     open_shards: int
     ended: int
     images_per_second: float | None
+
+    @property
+    def masks(self) -> int:
+        """Number of masks."""
+        return self.counts.get("masks", 0)
 
     @property
     def done(self) -> int:
@@ -72,14 +78,13 @@ class RunStatus:
         begun = f", {self.ended} more in {self.open_shards} open shards" if self.open_shards else ""
         committed = self.ok + self.skipped + self.failed
         see = f"   (see: sa-engine errors {self.out})" if self.failed else ""
-        per_image = f", {self.masks / self.ok:.1f} per image" if self.ok else ""
         return "\n".join(
             [
                 f"{self.out}: {self.state}{self._by()}",
                 f"[{bar}] {share:.1%} of {self.images:,} images",
                 f"done     {committed:,} images in {self.committed:,} of {self.shards:,} shards{begun}",
                 f"of them  {self.ok:,} ok, {self.skipped:,} skipped, {self.failed:,} failed{see}",
-                f"masks    {self.masks:,}{per_image}",
+                *(f"{kind:8} {n:,}{per_image(n, self.ok)}" for kind, n in self.counts.items()),
                 *self._speed(),
             ]
         )
@@ -101,7 +106,7 @@ class RunStatus:
 
 def read_status(out: AnyPath) -> RunStatus:
     """How far the run in a folder is; writes nothing. Raises RunError if there is none."""
-    paths = RunPaths(out)
+    paths = find_run(out)
     if not paths.info.exists() and is_live(paths):
         holder = _holder(paths)
         raise RunError(
@@ -117,7 +122,7 @@ def read_status(out: AnyPath) -> RunStatus:
     live = is_live(paths)
     state = "running" if live else "finished" if len(markers) == len(plan) else "stopped"
     return RunStatus(
-        out=out,
+        out=paths.out,
         stage=info.stage,
         state=state,
         holder={**_holder(paths), "silent": silence(paths, probe=False)} if live else {},
@@ -127,7 +132,7 @@ def read_status(out: AnyPath) -> RunStatus:
         ok=sum(stats.ok for stats in markers),
         skipped=sum(stats.skipped for stats in markers),
         failed=sum(stats.failed for stats in markers),
-        masks=sum(stats.masks for stats in markers),
+        counts=add_counts(markers),
         open_shards=len(still_open),
         ended=sum(len(ended) for ended in still_open),
         images_per_second=_speed(paths) if live else None,

@@ -5,6 +5,7 @@ A place is a `pathlib.Path` on this machine's file systems or a `RemotePath` beh
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from sa_engine.remote import RemotePath, is_uri
 
 AnyPath: TypeAlias = Path | RemotePath
 
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _BLOCK = 1 << 24  # bytes; from a store, every block is a request
 # What a full or broken disk answers; a run ends with it in one sentence.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
@@ -38,17 +40,23 @@ class OutputError(RunError):
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The files of a run under its output folder.
+    """The files of a run.
 
-    The finished shards lie at the top: `sa_000000.tar`, `.parquet`, and `.json`, the commit marker.
-    Everything else lies in `_run`.
+    A run of shards owns its output folder. The finished shards lie at the top: `sa_000000.tar`,
+    `.parquet`, and `.json`, the commit marker. Everything else lies in `_run`. A run whose output is
+    a tree of images alone keeps its markers and everything else in a folder of its own, `work`.
     """
 
     out: AnyPath
+    work: AnyPath | None = None
 
     @property
     def run(self) -> AnyPath:
-        return self.out / "_run"
+        return self.out / "_run" if self.work is None else self.work
+
+    @property
+    def shards(self) -> AnyPath:
+        return self.out if self.work is None else self.work / "shards"
 
     @property
     def info(self) -> AnyPath:
@@ -71,7 +79,7 @@ class RunPaths:
         """Where files are built: on the output's own file system, or this machine's if it is remote."""
         if isinstance(self.run, Path):
             return self.run / "tmp"
-        name = hashlib.sha256(str(self.out).encode()).hexdigest()[:16]
+        name = hashlib.sha256(str(self.run).encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"sa-engine-{name}"
 
     @property
@@ -81,8 +89,11 @@ class RunPaths:
     def errors(self, shard: str) -> AnyPath:
         return self.run / "errors" / f"{shard}.jsonl"
 
+    def audit(self, shard: str) -> AnyPath:
+        return self.run / "audit" / f"{shard}.jsonl"
+
     def marker(self, shard: str) -> AnyPath:
-        return self.out / f"{shard}.json"
+        return self.shards / f"{shard}.json"
 
 
 def location(text: str) -> AnyPath:
@@ -97,8 +108,31 @@ def location(text: str) -> AnyPath:
     return Path(unquote(parts.path)).resolve() if parts.scheme == "file" else RemotePath(text)
 
 
+def work_beside(out: AnyPath) -> AnyPath:
+    """Where a run whose output is a tree of images keeps its own files by default: `OUT.run`."""
+    return out.parent / f"{out.name}.run"
+
+
+def find_run(out: AnyPath) -> RunPaths:
+    """The run that a user means by its output folder, or by the folder it keeps its own files in."""
+    if RunPaths(out).info.exists():
+        return RunPaths(out)
+    for work in (out, work_beside(out)):
+        try:
+            config = json.loads((work / "run.json").read_bytes())["config"]
+            return RunPaths(location(config["out"]), work)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return RunPaths(out)
+
+
 def atomic_write(
-    path: AnyPath, data: bytes, *, scratch: Path | None = None, durable: bool = True
+    path: AnyPath,
+    data: bytes,
+    *,
+    scratch: Path | None = None,
+    durable: bool = True,
+    private: bool = False,
 ) -> None:
     """Write a file so that `path` holds all of `data` or what it held before.
 
@@ -107,6 +141,7 @@ def atomic_write(
         data: the content.
         scratch: folder for the temporary file, on the same file system; default: beside `path`.
         durable: wait until the disk has it, so that it survives a power cut.
+        private: only its owner may read it; a store has its own rules for that.
     """
     if isinstance(path, RemotePath):
         path.put(data)
@@ -116,7 +151,8 @@ def atomic_write(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
-        temporary.write_bytes(data)
+        with open(os.open(temporary, _NEW_FILE, 0o600 if private else 0o666), "wb") as file:
+            file.write(data)
         place(temporary, path, durable=durable)
     except BaseException:
         temporary.unlink(missing_ok=True)

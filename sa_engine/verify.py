@@ -24,7 +24,8 @@ from sa_engine.plan import Plan, Shard, read_plan, shard_name
 from sa_engine.resources import cores
 from sa_engine.run_dir import read_info
 from sa_engine.shard_checks import ShardTask, check_shard
-from sa_engine.storage import AnyPath, RunError, RunPaths, list_names
+from sa_engine.storage import AnyPath, RunError, RunPaths, find_run, list_names
+from sa_engine.tree import strangers
 
 __all__ = ["Problem", "Verification", "verify"]
 
@@ -42,7 +43,7 @@ class Verification:
         shards: in the plan.
         committed: of these, shards with a marker; the others are not checked.
         images: records that were read and checked.
-        masks: of these images.
+        masks: of these images; None if the run makes none.
         problems: in the order of the shards, then the plan's and those of files of no shard.
     """
 
@@ -50,12 +51,12 @@ class Verification:
     shards: int
     committed: int
     images: int
-    masks: int
+    masks: int | None
     problems: tuple[Problem, ...]
 
     def __str__(self) -> str:
         """Say what was checked, every problem, and what is not done yet, a line each."""
-        checked = f"{self.images} images with {self.masks} masks"
+        checked = f"{self.images} images" + f" with {self.masks} masks" * (self.masks is not None)
         missing = self.shards - self.committed
         return "\n".join(
             [
@@ -86,10 +87,10 @@ def verify(out: AnyPath, workers: int | None = None, progress: bool = False) -> 
     Raises:
         RunError: `out` holds no run, its plan is damaged, or a worker was killed.
     """
-    paths = RunPaths(out)
+    paths = find_run(out)
     formats, pictures = _written(paths)
     # Before the plan: a live run that is extended writes the plan before new shards.
-    files = {name for name in list_names(out) if _SHARD_FILE.fullmatch(name)}
+    files = {name for name in list_names(paths.shards) if _SHARD_FILE.fullmatch(name)}
     plan = read_plan(paths.plan)
     committed = _committed(files, len(plan))
     total, beside = Tally(), Tally()
@@ -100,13 +101,16 @@ def verify(out: AnyPath, workers: int | None = None, progress: bool = False) -> 
             total.merge(tally)
             bar.update()
     _check_strays(paths, files, len(plan), formats, beside)
+    if paths.work is not None:
+        for name in strangers(paths.out, plan.keys()):
+            beside.add(name, "is none of this run's images")
     total.merge(beside)
     return Verification(
-        out=out,
+        out=paths.out,
         shards=len(plan),
         committed=total.shards,
         images=total.images,
-        masks=total.masks,
+        masks=total.masks if formats else None,
         problems=tuple(total.problems),
     )
 
@@ -115,6 +119,8 @@ def _written(paths: RunPaths) -> tuple[tuple[str, ...], bool]:
     """The formats of a run's shards, and whether its tars hold pictures."""
     config = read_info(paths).config
     try:
+        if paths.work is not None:
+            return (), False
         return tuple(config["formats"]), bool(config["write_images"])
     except (KeyError, TypeError):
         raise RunError(

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sa_engine.errors import SaEngineError
 from sa_engine.partial import Breadcrumbs, Failure, PartialShard
@@ -62,7 +63,7 @@ class ShardWorker:
             breadcrumbs.hold([_NO_IMAGE])
             check_driver(self._spec)
             seconds = time.monotonic() - start
-            return commit_shard(paths, shard, self._spec.config.formats, seconds)
+            return commit_shard(paths, shard, self._spec.config.shard_formats(), seconds)
 
     def run_image(self, shard: Shard, image_id: int) -> None:
         """Take one image through the stage, so that it is saved or has failed; commits nothing."""
@@ -97,7 +98,8 @@ class ShardWorker:
 
     def _load(self) -> StageWorker:
         if self._stage_worker is None:
-            self._stage_worker = self._spec.stage.make_worker(self._spec.config)
+            settled = replace(self._spec.config, threads_per_worker=self._spec.threads)
+            self._stage_worker = self._spec.stage.make_worker(settled)
             _limit_threads(self._spec.threads)
         return self._stage_worker
 

@@ -15,6 +15,7 @@ from sa_engine import runner
 from sa_engine.config import AutoConfig
 from sa_engine.errors import SaEngineError
 from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
+from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
 
@@ -117,7 +118,7 @@ class AutoWorker:
         masks = self.generator.generate(prepared.image, prepared.released)
         return Segmented(prepared.released, prepared.sha256, masks)
 
-    def finish(self, item: PlannedImage, result: Segmented) -> tuple[ImageRecord, bytes | None]:
+    def finish(self, item: PlannedImage, result: Segmented) -> Finished:
         """Make the record and the released JPEG."""
         height, width = result.released.shape[:2]
         record = ImageRecord(
@@ -132,9 +133,10 @@ class AutoWorker:
                 for i, mask in enumerate(result.masks)
             ),
         )
-        if not self.config.write_images:
-            return record, None
-        return record, encode_jpeg(result.released, self.config.jpeg_quality)
+        jpeg = None
+        if self.config.write_images:
+            jpeg = encode_jpeg(result.released, self.config.jpeg_quality)
+        return finished_record(record, jpeg)
 
 
 def mask_record(number: int, mask: "GeneratedMask", fingerprint: str) -> MaskRecord:

@@ -22,9 +22,10 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from sa_engine import runner
-from sa_engine.config import RunConfig, load_config
+from sa_engine.config import ShardConfig, load_config
 from sa_engine.errors import SaEngineError
 from sa_engine.options import option
+from sa_engine.partial import Finished, finished_record
 from sa_engine.pipeline import WorkerSpec
 from sa_engine.plan import PlannedImage, read_plan
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
@@ -34,7 +35,7 @@ from sa_engine.worker import ShardWorker
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallConfig(RunConfig):
+class SmallConfig(ShardConfig):
     bands: int = option(4, bounds=(1, 16), identity=True, help="Brightness bands.")
     kill: str | None = option(None, help="KEY:STEP at which the process kills itself.")
     kill_once: str | None = option(None, help="File that says that it has.")
@@ -73,7 +74,7 @@ class SmallWorker:
         band = image.mean(axis=2) * self.config.bands // 256
         return image, sha256, [band == number for number in range(self.config.bands)]
 
-    def finish(self, item: PlannedImage, result: Any) -> tuple[ImageRecord, bytes | None]:
+    def finish(self, item: PlannedImage, result: Any) -> Finished:
         self._perhaps_die(item, "finish")
         image, sha256, bands = result
         height, width = image.shape[:2]
@@ -90,10 +91,10 @@ class SmallWorker:
             ),
         )
         if not self.config.write_images:
-            return record, None
+            return finished_record(record, None)
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=self.config.jpeg_quality)
-        return record, buffer.getvalue()
+        return finished_record(record, buffer.getvalue())
 
     def _perhaps_die(self, item: PlannedImage, step: str) -> None:
         if self.config.kill != f"{item.key}:{step}":

@@ -11,7 +11,7 @@ from sa_engine.config import (
     AutoConfig,
     ConfigError,
     MaskConfig,
-    RunConfig,
+    ShardConfig,
     fingerprint,
     identity_values,
     load_config,
@@ -174,7 +174,7 @@ def test_identity_covers_what_changes_bytes_and_nothing_else() -> None:
     masks = {field.name for field in dataclasses.fields(MaskConfig)}
     run = {"shard_size", "formats", "write_images", "jpeg_quality", "threads_per_worker"}
     assert names == masks | run | {"precision", "compile"}
-    assert {field.name for field in dataclasses.fields(RunConfig)} >= run
+    assert {field.name for field in dataclasses.fields(ShardConfig)} >= run
 
 
 def test_fingerprint_follows_identity() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sa_engine import progress
-from sa_engine.partial import PartialShard
+from sa_engine.partial import Finished, PartialShard
 from sa_engine.storage import RunPaths
 
 
@@ -49,6 +49,10 @@ class Pipe(io.StringIO):
             time.sleep(0.001)
 
 
+def finished(image_id: int) -> Finished:
+    return Finished(image_id=image_id, counts={"masks": 1}, parts={"sa1b": b"{}"})
+
+
 def test_elsewhere_lines_count_what_is_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,8 +60,8 @@ def test_elsewhere_lines_count_what_is_on_disk(
     monkeypatch.setattr(sys, "stderr", pipe := Pipe())
     told: list[dict[str, float]] = []
     paths = RunPaths(tmp_path)
-    PartialShard(paths, "sa_000001").save(1, b"one")
-    PartialShard(paths, "sa_000009").save(1, b"beyond the limit")
+    PartialShard(paths, "sa_000001").save(finished(1))
+    PartialShard(paths, "sa_000009").save(finished(1))
     unfinished = {"sa_000001": 5, "sa_000002": 5}
     monkeypatch.setattr(progress, "_POLL_S", 0.01)
     with progress.Progress(paths, unfinished, 3, lambda **known: told.append(known)) as shown:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_stage import mask_record
 
-from sa_engine.partial import Breadcrumbs, Failure, Finished, PartialShard, pack
+from sa_engine.partial import Breadcrumbs, Failure, Finished, PartialShard, finished_record
 from sa_engine.plan import PlannedImage, Shard
 from sa_engine.reader import reopen_shard
 from sa_engine.records import ImageRecord, from_table, image_name, mask_id, sa1b_json
@@ -46,8 +46,11 @@ def record(image_id: int, photo: np.ndarray) -> ImageRecord:
 def assert_is(finished: object, expected: ImageRecord, jpeg: bytes | None) -> None:
     assert isinstance(finished, Finished)
     assert from_table(finished.row) == [expected]
-    assert (finished.sa1b, finished.jpeg) == (sa1b_json(expected), jpeg)
-    assert (finished.image_id, finished.masks) == (expected.image_id, len(expected.masks))
+    assert (finished.parts["sa1b"], finished.parts.get("jpeg")) == (sa1b_json(expected), jpeg)
+    assert (finished.image_id, finished.counts) == (
+        expected.image_id,
+        {"masks": len(expected.masks)},
+    )
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def paths(tmp_path: Path, small_photo: np.ndarray) -> RunPaths:
 def fill(paths: RunPaths, photo: np.ndarray, last: Failure = FAILED) -> PartialShard:
     store = PartialShard(paths, SHARD.name)
     for image_id in (10, 9):
-        store.save(image_id, pack(record(image_id, photo), b"jpeg %d" % image_id))
+        store.save(finished_record(record(image_id, photo), b"jpeg %d" % image_id))
     store.fail(last)
     return store
 
@@ -214,7 +217,7 @@ def test_a_reopened_shard_keeps_what_was_skipped_and_loses_old_errors(
     store = PartialShard(paths, SHARD.name)
     assert store.load(11) == SKIPPED
     (store.folder / "11.failed").unlink()
-    store.save(11, pack(record(11, small_photo), b"jpeg 11"))
+    store.save(finished_record(record(11, small_photo), b"jpeg 11"))
     assert commit_shard(paths, SHARD, ("tar",), 0).ok == 3
     assert not paths.errors(SHARD.name).exists()
 

