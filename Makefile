@@ -14,7 +14,7 @@ help: ## List the targets
 install: $(VENV)/.installed ## Set up .venv with sa-engine
 	@echo "Installed. Run $(BIN)/sa-engine --help, or: . $(BIN)/activate"
 
-demo: $(VENV)/.installed-demo ## Run sa-engine auto on four photos, with real weights
+demo: $(VENV)/.installed ## Run sa-engine auto on four photos, with real weights
 	$(BIN)/sa-engine weights pull vit_t
 	@mkdir -p $(DEMO)/photos
 	@data=$$($(BIN)/python -c 'import os, skimage; print(os.path.dirname(skimage.__file__))')/data && \

@@ -5,13 +5,24 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import click
 
 from sa_engine import __version__
-from sa_engine.config import FORMATS, AutoConfig, Config, load_config, to_yaml
+from sa_engine.config import (
+    FACE_DETECTORS,
+    FORMATS,
+    PLATE_DETECTORS,
+    AutoConfig,
+    BlurConfig,
+    Config,
+    ShardConfig,
+    load_config,
+    to_yaml,
+)
 from sa_engine.errors import SaEngineError
 from sa_engine.modeling.zoo import MODELS
 from sa_engine.options import help_text
@@ -65,6 +76,28 @@ _STARTS = {
 }
 
 
+def _shard_flags(cls: type[Config]) -> list[Decorator]:
+    """The flags of stages that write shards of masks."""
+    return [
+        _flag(
+            cls,
+            "formats",
+            "--format",
+            type=click.Choice(FORMATS),
+            multiple=True,
+            callback=_or_none,
+            help="Part of a shard to write; repeatable, default: all.",
+        ),
+        _flag(
+            cls,
+            "write_images",
+            "--no-images",
+            callback=lambda ctx, param, given: False if given else None,
+            help="Masks only, no pictures in the tars.",
+        ),
+    ]
+
+
 def _run_flags(cls: type[Config]) -> Decorator:
     """The flags of every stage that runs over images."""
     flags = [
@@ -83,22 +116,7 @@ def _run_flags(cls: type[Config]) -> Decorator:
         _flag(cls, "cpus_per_worker"),
         _flag(cls, "threads_per_worker"),
         _flag(cls, "wait_for_resources", metavar="SECONDS"),
-        _flag(
-            cls,
-            "formats",
-            "--format",
-            type=click.Choice(FORMATS),
-            multiple=True,
-            callback=_or_none,
-            help="Part of a shard to write; repeatable, default: all.",
-        ),
-        _flag(
-            cls,
-            "write_images",
-            "--no-images",
-            callback=lambda ctx, param, given: False if given else None,
-            help="Masks only, no pictures in the tars.",
-        ),
+        *(_shard_flags(cls) if issubclass(cls, ShardConfig) else ()),
         _flag(cls, "max_failed"),
         _flag(cls, "limit"),
         *(click.option(f"--{name}", is_flag=True, help=text) for name, text in _STARTS.items()),
@@ -125,6 +143,26 @@ def auto(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
     This is the paper's fully automatic stage. Run it again with the same options to resume it.
     """
     _run_stage("auto", AutoConfig, file, sets, flags)
+
+
+_detector = partial(_flag, multiple=True, callback=_or_none)
+
+
+@main.command()
+@_run_flags(BlurConfig)
+@_flag(BlurConfig, "work", metavar="DIR|URI")
+@_flag(BlurConfig, "extra_boxes", "--boxes", metavar="FILE")
+@_detector(BlurConfig, "face_detectors", "--faces", type=click.Choice(FACE_DETECTORS))
+@_detector(BlurConfig, "plate_detectors", "--plates", type=click.Choice(PLATE_DETECTORS))
+@_flag(BlurConfig, "redaction", type=click.Choice(["mosaic", "solid", "gaussian"]))
+@_flag(BlurConfig, "keep_icc")
+def blur(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
+    """Redact faces and licence plates in a tree of photos.
+
+    The output has the same names and folders, without any metadata. A photo that anything goes wrong
+    with is not written, and the exit code is 3. Run it again with the same options to resume it.
+    """
+    _run_stage("blur", BlurConfig, file, sets, flags)
 
 
 def _run_stage(

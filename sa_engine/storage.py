@@ -108,16 +108,11 @@ def location(text: str) -> AnyPath:
     return Path(unquote(parts.path)).resolve() if parts.scheme == "file" else RemotePath(text)
 
 
-def work_beside(out: AnyPath) -> AnyPath:
-    """Where a run whose output is a tree of images keeps its own files by default: `OUT.run`."""
-    return out.parent / f"{out.name}.run"
-
-
 def find_run(out: AnyPath) -> RunPaths:
     """The run that a user means by its output folder, or by the folder it keeps its own files in."""
     if RunPaths(out).info.exists():
         return RunPaths(out)
-    for work in (out, work_beside(out)):
+    for work in (out, out.parent / f"{out.name}.run"):
         try:
             config = json.loads((work / "run.json").read_bytes())["config"]
             return RunPaths(location(config["out"]), work)
