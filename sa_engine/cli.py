@@ -4,30 +4,25 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import click
 
 from sa_engine import __version__
 from sa_engine.config import (
-    FACE_DETECTORS,
-    FORMATS,
-    PLATE_DETECTORS,
     AutoConfig,
     BlurConfig,
     Config,
-    ShardConfig,
+    PrivacyConfig,
     load_config,
     to_yaml,
 )
 from sa_engine.errors import SaEngineError
+from sa_engine.flags import STARTS, flag, given_options, privacy_flags, run_flags
 from sa_engine.modeling.zoo import MODELS
-from sa_engine.options import help_text
+from sa_engine.privacy.weights import PLATE_WEIGHTS
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _INTERRUPTED = 130
 _WATCH_S, _WATCH_LOG_S = 2.0, 30.0
 
@@ -51,92 +46,13 @@ def main() -> None:
     """Photos in, SA-1B-style segmentation data out."""
 
 
-def _flag(cls: type[Config], name: str, *declarations: str, **settings: Any) -> Decorator:
-    """A flag for an option of a config; None when it was not given."""
-    kind = get_type_hints(cls)[name]
-    types = {int: int, int | None: int, float: float, float | None: float}
-    defaults: dict[str, Any] = {"type": types.get(kind), "help": help_text(cls, name)}
-    if kind is bool:
-        defaults |= {"is_flag": True, "callback": _or_none}
-    return click.option(
-        *(declarations or [f"--{name.replace('_', '-')}"]), name, **{**defaults, **settings}
-    )
-
-
-def _or_none(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
-    """What click gives for a flag or a list that was not given becomes None."""
-    return given or None
-
-
-_STARTS = {
-    "extend": "Also plan the images that have come since; none is renumbered.",
-    "retry-failed": "Try failed images again, as their files are now.",
-    "overwrite": "Remove the run that is there, and start over.",
-    "steal-lock": "Take the folder from the run that holds it.",
-}
-
-
-def _shard_flags(cls: type[Config]) -> list[Decorator]:
-    """The flags of stages that write shards of masks."""
-    return [
-        _flag(
-            cls,
-            "formats",
-            "--format",
-            type=click.Choice(FORMATS),
-            multiple=True,
-            callback=_or_none,
-            help="Part of a shard to write; repeatable, default: all.",
-        ),
-        _flag(
-            cls,
-            "write_images",
-            "--no-images",
-            callback=lambda ctx, param, given: False if given else None,
-            help="Masks only, no pictures in the tars.",
-        ),
-    ]
-
-
-def _run_flags(cls: type[Config]) -> Decorator:
-    """The flags of every stage that runs over images."""
-    flags = [
-        _flag(cls, "images", metavar="DIR|URI"),
-        _flag(cls, "out", metavar="DIR|URI"),
-        click.option(
-            "--config", "file", type=Path, metavar="FILE", help="YAML file, see configs/."
-        ),
-        click.option(
-            "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any option; repeatable."
-        ),
-        _flag(cls, "local"),
-        _flag(cls, "ray_address", metavar="ADDRESS"),
-        _flag(cls, "num_workers"),
-        _flag(cls, "gpus_per_worker"),
-        _flag(cls, "cpus_per_worker"),
-        _flag(cls, "threads_per_worker"),
-        _flag(cls, "wait_for_resources", metavar="SECONDS"),
-        *(_shard_flags(cls) if issubclass(cls, ShardConfig) else ()),
-        _flag(cls, "max_failed"),
-        _flag(cls, "limit"),
-        *(click.option(f"--{name}", is_flag=True, help=text) for name, text in _STARTS.items()),
-        click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing."),
-        _flag(cls, "verbose", "-v", "--verbose"),
-    ]
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for flag in reversed(flags):
-            command = flag(command)
-        return command
-
-    return decorate
-
-
 @main.command()
-@_run_flags(AutoConfig)
-@_flag(AutoConfig, "checkpoint", metavar="NAME|FILE")
-@_flag(AutoConfig, "device", metavar="DEVICE")
-@_flag(AutoConfig, "precision", type=click.Choice(["fp32", "bf16"]))
+@run_flags(AutoConfig)
+@flag(AutoConfig, "checkpoint", metavar="NAME|FILE")
+@flag(AutoConfig, "device", metavar="DEVICE")
+@flag(AutoConfig, "precision", type=click.Choice(["fp32", "bf16"]))
+@flag(AutoConfig, "blur")
+@flag(AutoConfig, "extra_boxes", "--boxes", metavar="FILE")
 def auto(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
     """Segment everything in a folder of photos.
 
@@ -145,38 +61,101 @@ def auto(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
     _run_stage("auto", AutoConfig, file, sets, flags)
 
 
-_detector = partial(_flag, multiple=True, callback=_or_none)
-
-
 @main.command()
-@_run_flags(BlurConfig)
-@_flag(BlurConfig, "work", metavar="DIR|URI")
-@_flag(BlurConfig, "extra_boxes", "--boxes", metavar="FILE")
-@_detector(BlurConfig, "face_detectors", "--faces", type=click.Choice(FACE_DETECTORS))
-@_detector(BlurConfig, "plate_detectors", "--plates", type=click.Choice(PLATE_DETECTORS))
-@_flag(BlurConfig, "redaction", type=click.Choice(["mosaic", "solid", "gaussian"]))
-@_flag(BlurConfig, "keep_icc")
-def blur(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
+@run_flags(BlurConfig)
+@privacy_flags(BlurConfig)
+@flag(BlurConfig, "redaction", type=click.Choice(["mosaic", "solid", "gaussian"]))
+@flag(BlurConfig, "extra_boxes", "--boxes", metavar="FILE")
+@flag(BlurConfig, "work", metavar="DIR|URI")
+@flag(BlurConfig, "keep_icc")
+@click.option(
+    "--review",
+    "review_dir",
+    type=Path,
+    metavar="DIR",
+    help="Afterwards, draw the detections of lowest score and a random sample, for a human check.",
+)
+def blur(file: Path | None, sets: tuple[str, ...], review_dir: Path | None, **flags: Any) -> None:
     """Redact faces and licence plates in a tree of photos.
 
     The output has the same names and folders, without any metadata. A photo that anything goes wrong
     with is not written, and the exit code is 3. Run it again with the same options to resume it.
     """
-    _run_stage("blur", BlurConfig, file, sets, flags)
+    dry_run = flags["dry_run"]
+    try:
+        _run_stage("blur", BlurConfig, file, sets, dict(flags))
+    finally:
+        # Also after failures: what is released should be looked at all the more.
+        if review_dir is not None and not dry_run:
+            _review(load_config(BlurConfig, file, sets, given_options(flags)), review_dir)
+
+
+def _review(config: BlurConfig, dest: Path) -> None:
+    from sa_engine.privacy.review import review
+    from sa_engine.storage import RunPaths, location
+
+    paths = RunPaths(location(config.out), location(config.work_folder()))
+    if paths.info.exists():
+        for picture in review(paths, dest):
+            click.echo(f"to be looked at: {picture}")
+
+
+@main.command("blur-eval")
+@click.option(
+    "--truth", type=Path, required=True, metavar="FILE", help="COCO annotations of boxes."
+)
+@click.option("--images", type=Path, metavar="DIR", help="Photos; default: images/ beside FILE.")
+@click.option("--kind", type=click.Choice(["face", "plate"]), help="Default: by the categories.")
+@click.option("--config", "file", type=Path, metavar="FILE", help="YAML file, see configs/.")
+@click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any option; repeatable."
+)
+@privacy_flags(BlurConfig)
+@click.option("--json", "as_json", is_flag=True, help="All numbers, and every missed box.")
+def blur_eval(
+    truth: Path,
+    images: Path | None,
+    kind: str | None,
+    file: Path | None,
+    sets: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Measure on labelled photos what `blur` finds and covers.
+
+    For boxes of every height: the share with a detection at an IoU of 0.5 or more, and the share of
+    which at least 95 % is redacted.
+    """
+    from sa_engine.privacy.recall import measure
+    from sa_engine.privacy.redactor import load_redactor
+    from sa_engine.resources import cores
+
+    config = load_config(BlurConfig, file, sets, {**flags, "images": "-", "out": "-"})
+    _tell_notes(config)
+    redactor = load_redactor(config, config.threads_per_worker or cores(), config.device)
+    found = measure(redactor, truth, images, kind, progress=sys.stderr.isatty())
+    click.echo(json.dumps(found.to_dict()) if as_json else found)
+
+
+def _tell_notes(config: Config) -> None:
+    from sa_engine.privacy.notes import notes
+
+    if isinstance(config, PrivacyConfig) and getattr(config, "blur", True):
+        for note in notes(config):
+            click.echo(f"Note: {note}", err=True)
 
 
 def _run_stage(
     name: str, cls: type[Config], file: Path | None, sets: tuple[str, ...], flags: dict[str, Any]
 ) -> None:
     """Read a stage's options, then run it or say what it would do."""
-    dry_run = flags.pop("dry_run")
-    given = {key: flags.pop(key) for key in (flag.replace("-", "_") for flag in _STARTS)}
-    config = load_config(cls, file, sets, flags)
     from sa_engine.runner import Start
 
+    config = load_config(cls, file, sets, given_options(flags))
+    start = Start(**{key: flags[key] for key in (name.replace("-", "_") for name in STARTS)})
     stage = importlib.import_module(f"stages.{name}")
-    start = Start(**given)
-    if dry_run:
+    _tell_notes(config)
+    if flags["dry_run"]:
         click.echo(f"{stage.describe(config, start)}\n\n{to_yaml(config)}", nl=False)
     else:
         click.echo(stage.run(config, start))
@@ -297,28 +276,39 @@ def weights() -> None:
 def list_weights() -> None:
     """List models and where they are."""
     from sa_engine.modeling import weights as store
+    from sa_engine.privacy import weights as plates
 
     for model in store.list_models():
         where = model.path or f"{model.size_bytes / 1e6:,.0f} MB to download"
-        click.echo(f"{model.name:6} {model.encoder:8} {model.licence:11} {where}")
+        click.echo(f"{model.name:9} {model.encoder:8} {model.licence:11} {where}")
+    for spec in plates.PLATE_WEIGHTS.values():
+        where = plates.find(spec.name) or f"{spec.size_bytes / 1e6:,.0f} MB to download"
+        click.echo(f"{spec.name:9} {'plates':8} {spec.licence:11} {where}")
 
 
 @weights.command()
-@click.argument("name", type=click.Choice(list(MODELS)))
+@click.argument("name", type=click.Choice([*MODELS, *PLATE_WEIGHTS]))
 def pull(name: str) -> None:
     """Fetch and verify a model's weights."""
     from sa_engine.modeling import weights as store
+    from sa_engine.privacy import weights as plates
 
-    click.echo(store.pull(name, progress=sys.stderr.isatty()))
+    if name in PLATE_WEIGHTS:
+        if PLATE_WEIGHTS[name].note:
+            click.echo(f"Note: {name}: {PLATE_WEIGHTS[name].note}", err=True)
+        click.echo(plates.pull(name))
+    else:
+        click.echo(store.pull(name, progress=sys.stderr.isatty()))
 
 
 @weights.command()
-@click.argument("name", type=click.Choice(list(MODELS)))
+@click.argument("name", type=click.Choice([*MODELS, *PLATE_WEIGHTS]))
 def path(name: str) -> None:
     """Print where a model's weights are."""
     from sa_engine.modeling import weights as store
+    from sa_engine.privacy import weights as plates
 
-    found = store.find(name)
+    found = plates.find(name) if name in PLATE_WEIGHTS else store.find(name)
     if found is None:
         raise store.WeightsError(
             f"{name} is not in {store.cache_dir()}: fetch it with `sa-engine weights pull {name}`"

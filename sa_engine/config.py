@@ -279,10 +279,13 @@ class BlurConfig(PrivacyConfig, RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoConfig(MaskConfig, ShardConfig):
+class AutoConfig(PrivacyConfig, MaskConfig, ShardConfig):
     """The fully automatic stage: photos in, masks out."""
 
     checkpoint: str = option("vit_t", help="Model name or checkpoint file.")
+    blur: bool = option(
+        False, identity=True, help="Redact faces and plates before anything else, as blur does."
+    )
     device: str = option("auto", help="auto, cpu, cuda, cuda:N or mps.")
     precision: Literal["fp32", "bf16"] = option(
         "fp32", identity=True, help="Arithmetic of the model; bf16 is faster, not exact."

@@ -70,9 +70,9 @@ class Finished:
 
 
 def finished_record(
-    record: ImageRecord, jpeg: bytes | None, audit: bytes | None = None
+    record: ImageRecord, jpeg: bytes | None, audit: Mapping[str, Any] | None = None
 ) -> Finished:
-    """A finished image that has masks.
+    """A finished image that has masks; `audit` says what was redacted in it, if it was.
 
     Raises RecordError or ValueError for a record that cannot be written.
     """
@@ -84,12 +84,24 @@ def finished_record(
         "row": sink.getvalue().to_pybytes(),
         "sa1b": sa1b_json(record),
         "jpeg": jpeg,
-        "audit": audit,
+        "audit": None if audit is None else to_line(audit),
     }
     return Finished(
         image_id=record.image_id,
-        counts={"masks": len(record.masks)},
+        counts={"masks": len(record.masks), **(audit or {}).get("counts", {})},
         parts={name: part for name, part in parts.items() if part is not None},
+    )
+
+
+def finished_redaction(
+    audit: Mapping[str, Any], released: Mapping[str, bytes] | None = None
+) -> Finished:
+    """A finished image of which only `audit` is kept, and the file that is released of it."""
+    return Finished(
+        image_id=audit["image_id"],
+        counts=audit["counts"],
+        parts={"audit": to_line(audit)},
+        released=released or {},
     )
 
 

@@ -24,7 +24,7 @@ _UNCOVERED = 0.45  # brightness of what no mask covers
 _BACKGROUND = (24, 24, 27)
 _TEXT = (228, 228, 231)
 _GAP = 8  # pixels between pictures, here and below
-_CELL = (808, 320)  # width and height of a pair on the contact sheet
+CELL = (808, 320)  # width and height of a pair on the contact sheet
 _COLUMNS = 2
 _LINE = 26  # height of a line of text
 
@@ -46,16 +46,20 @@ def show(out: AnyPath, dest: Path, ids: Sequence[int] = (), count: int = 12) -> 
             gone.
     """
     config = read_info(RunPaths(out)).config
+    if "formats" not in config:
+        raise RunError(f"{out} has no masks to show: it is no run of shards")
     plan = read_plan(RunPaths(out).plan)
     markers = list(read_markers(RunPaths(out), range(len(plan))).values())
     records = _choose(out, ids, count, sum(marker.ok for marker in markers))
     paths, pairs = [], []
     for record in records:
         released = _released_image(out, config, record)
-        pair = _beside(released, draw_masks(released, record.masks))
-        paths.append(_write(dest / f"sa_{record.image_id}.jpg", pair))
-        pairs.append((_fit(pair, *_CELL), _caption(record)))
-    paths.append(_write(dest / "contact_sheet.jpg", _contact_sheet(pairs, _title(out, markers))))
+        pair = beside(released, draw_masks(released, record.masks))
+        paths.append(write_picture(dest / f"sa_{record.image_id}.jpg", pair))
+        pairs.append((fit(pair, *CELL), _caption(record)))
+    paths.append(
+        write_picture(dest / "contact_sheet.jpg", contact_sheet(pairs, _title(out, markers)))
+    )
     return paths
 
 
@@ -142,13 +146,13 @@ def _choose(out: AnyPath, ids: Sequence[int], count: int, total: int) -> list[Im
     return [record for index, record in enumerate(iter_records(out)) if index in positions]
 
 
-def _beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Two pictures of one height with a gap between them."""
     gap = np.full((len(left), _GAP, 3), _BACKGROUND, np.uint8)
     return np.hstack([left, gap, right])
 
 
-def _fit(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+def fit(picture: np.ndarray, width: int, height: int) -> np.ndarray:
     """Shrink a picture into a box; small ones stay as they are."""
     scale = min(width / picture.shape[1], height / picture.shape[0], 1.0)
     size = [max(1, round(side * scale)) for side in picture.shape[:2]]
@@ -169,31 +173,34 @@ def _title(out: AnyPath, markers: Sequence[ShardStats]) -> str:
     )
 
 
-def _contact_sheet(pairs: Sequence[tuple[np.ndarray, str]], title: str) -> np.ndarray:
+def contact_sheet(pairs: Sequence[tuple[np.ndarray, str]], title: str) -> np.ndarray:
     """Captioned pictures in rows under a title; a row is as high as its highest picture."""
     columns = min(_COLUMNS, len(pairs))
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
     heights = [max(len(picture) for picture, _ in row) + _LINE + 2 * _GAP for row in rows]
-    size = (columns * (_CELL[0] + 2 * _GAP) + 2 * _GAP, sum(heights) + 2 * _LINE)
+    size = (columns * (CELL[0] + 2 * _GAP) + 2 * _GAP, sum(heights) + 2 * _LINE)
     sheet = Image.new("RGB", size, _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     draw.text((2 * _GAP, _GAP), title, _TEXT, ImageFont.load_default(20))
     top = 2 * _LINE
     for row, height in zip(rows, heights, strict=True):
         for column, (picture, caption) in enumerate(row):
-            left = 2 * _GAP + column * (_CELL[0] + 2 * _GAP)
+            left = 2 * _GAP + column * (CELL[0] + 2 * _GAP)
             sheet.paste(Image.fromarray(picture), (left, top))
             draw.text((left, top + len(picture) + 4), caption, _TEXT, ImageFont.load_default(15))
         top += height
     return np.asarray(sheet)
 
 
-def _write(path: Path, picture: np.ndarray) -> Path:
-    """Write a JPEG with full-resolution colour: outlines are one pixel wide."""
+def write_picture(path: Path, picture: np.ndarray, private: bool = False) -> Path:
+    """Write a JPEG with full-resolution colour: outlines are one pixel wide.
+
+    Raises RunError if it cannot be written.
+    """
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=90, subsampling="4:4:4")
     try:
-        atomic_write(path, buffer.getvalue())
+        atomic_write(path, buffer.getvalue(), private=private)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from None
     return path

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from sa_engine.partial import Failure, Finished, PartialShard, finished_record, to_line
+from sa_engine.partial import Failure, PartialShard, finished_record, finished_redaction
 from sa_engine.plan import Shard, read_plan, shard_name
 from sa_engine.records import ImageRecord, from_sa1b, from_table, image_name
 from sa_engine.shards import ShardStats, read_markers
@@ -52,13 +52,12 @@ def reopen_shard(paths: RunPaths, shard: Shard) -> dict[int, int]:
     for failure in failures:
         if failure.status == "skipped":
             store.fail(failure)
-    for image_id, line in audit.items() if not stats.files else ():
-        store.save(
-            Finished(image_id=image_id, counts=line["counts"], parts={"audit": to_line(line)})
-        )
-    for record, jpeg in _contents(paths.out, shard, stats) if stats.files else ():
-        redacted = audit.get(record.image_id)
-        store.save(finished_record(record, jpeg, None if redacted is None else to_line(redacted)))
+    if stats.files:
+        for record, jpeg in _contents(paths.out, shard, stats):
+            store.save(finished_record(record, jpeg, audit.get(record.image_id)))
+    else:
+        for line in audit.values():
+            store.save(finished_redaction(line))
     paths.marker(shard.name).unlink()
     return {f.image_id: f.attempts for f in failures if f.status == "failed"}
 

@@ -17,17 +17,21 @@ from sa_engine.errors import SaEngineError
 from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
 from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
+from sa_engine.privacy.manual import Boxes, extra_boxes
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
+from sa_engine.storage import location
 
 if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.generator import GeneratedMask
     from sa_engine.modeling.sam import Sam
+    from sa_engine.privacy.redactor import Redacted, Redactor
 
 
 # Peak memory measured on a CPU with a 16-megapixel photo: 1.1 GB for vit_t (40 MB of weights), 1.5 for vit_b (375 MB),
 # 3.1 for vit_l (1.25 GB), 5.6 for vit_h (2.56 GB); the paper's setting takes 0.2 to 0.5 more (benchmarks/README.md).
 _MEMORY_WITHOUT_MODEL = 1_300_000_000
 _MEMORY_PER_WEIGHT_BYTE = 2
+_MEMORY_OF_DETECTORS = 700_000_000
 
 
 class ModelMismatch(SaEngineError):
@@ -48,6 +52,7 @@ class Segmented(NamedTuple):
     released: np.ndarray
     sha256: str
     masks: "list[GeneratedMask]"
+    redacted: "Redacted | None"  # of the original size
 
 
 @dataclass
@@ -55,34 +60,45 @@ class AutoStage:
     """The stage as the runner knows it; it travels to the workers with the driver's model fingerprint."""
 
     checkpoint: str
+    boxes: Boxes = field(default_factory=dict)
+    boxes_sha256: str = ""
     name: str = "auto"
     fingerprint: str | None = None
+    detectors: dict[str, str] = field(default_factory=dict)
     sam: "Sam | None" = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the model behind: a worker loads its own and compares fingerprints."""
         return {**vars(self), "sam": None}
 
-    def identity(self) -> dict[str, str]:
-        """Load the model and say which weights it has."""
+    def identity(self, config: AutoConfig) -> dict[str, str]:
+        """Load the model, and the detectors of what must not be seen, and say which weights they have."""
+        if not config.blur:
+            return {"model_fingerprint": self._load_sam()}
+        self.detectors = _load_redactor(config).identity()
+        boxes = {"boxes": self.boxes_sha256} if self.boxes_sha256 else {}
+        return {"model_fingerprint": self._load_sam(), **self.detectors, **boxes}
+
+    def _load_sam(self) -> str:
         from sa_engine.modeling.sam import load_sam, model_fingerprint
         from sa_engine.modeling.weights import resolve
 
         self.sam = load_sam(resolve(self.checkpoint))
         self.fingerprint = model_fingerprint(self.sam)
-        return {"model_fingerprint": self.fingerprint}
+        return self.fingerprint
 
     def worker_memory(self, config: AutoConfig) -> int:
         """Peak memory of a worker, from the size of its weights."""
         from sa_engine.modeling.weights import size_of
 
-        return _MEMORY_WITHOUT_MODEL + _MEMORY_PER_WEIGHT_BYTE * size_of(self.checkpoint)
+        weights = _MEMORY_PER_WEIGHT_BYTE * size_of(self.checkpoint)
+        return _MEMORY_WITHOUT_MODEL + weights + config.blur * _MEMORY_OF_DETECTORS
 
     def make_worker(self, config: AutoConfig) -> "AutoWorker":
         """Load the model in this process and check that it is the driver's."""
         expected, sam = self.fingerprint, self.sam
         if sam is None:
-            found = self.identity()["model_fingerprint"]
+            found = self._load_sam()
             sam = self.sam
             if expected not in (None, found):
                 raise ModelMismatch(
@@ -90,13 +106,23 @@ class AutoStage:
                     f"{found[:12]}) than on the driver ({str(expected)[:12]}): give both the same file"
                 )
         assert sam is not None and self.fingerprint is not None
-        return AutoWorker(sam, self.fingerprint, config)
+        redactor = _load_redactor(config) if config.blur else None
+        if redactor is not None and self.detectors:
+            redactor.check_same(self.detectors)
+        return AutoWorker(sam, self.fingerprint, config, redactor, self.boxes)
 
 
 class AutoWorker:
     """Masks of one photo at a time, in the runner's three overlapping steps."""
 
-    def __init__(self, sam: "Sam", fingerprint: str, config: AutoConfig) -> None:
+    def __init__(
+        self,
+        sam: "Sam",
+        fingerprint: str,
+        config: AutoConfig,
+        redactor: "Redactor | None" = None,
+        boxes: Boxes | None = None,
+    ) -> None:
         from sa_engine.generator import MaskGenerator
         from sa_engine.modeling.sam import select_device
         from sa_engine.predictor import Predictor
@@ -106,17 +132,27 @@ class AutoWorker:
         self.generator = MaskGenerator(predictor, config)
         self.fingerprint = fingerprint
         self.config = config
+        self.redactor = redactor
+        self.detectors = redactor.describe() if redactor else []
+        self.boxes = boxes or {}
 
     def prepare(self, item: PlannedImage, data: bytes) -> Decoded:
         """Decode a photo and scale it to the released size."""
         image = decode_image(data)
-        height, width = fit_short_side(image.shape[0], image.shape[1], self.config.short_side)
-        return Decoded(image, resize_image(image, height, width), hashlib.sha256(data).hexdigest())
+        released = image if self.redactor else self._at_released_size(image)
+        return Decoded(image, released, hashlib.sha256(data).hexdigest())
 
     def process(self, item: PlannedImage, prepared: Decoded) -> Segmented:
-        """Generate the masks."""
-        masks = self.generator.generate(prepared.image, prepared.released)
-        return Segmented(prepared.released, prepared.sha256, masks)
+        """Generate the masks; if asked for, of the photo without its faces and plates."""
+        image, released, redacted = prepared.image, prepared.released, None
+        if self.redactor is not None:
+            boxes = self.boxes.get(item.key, [])
+            redacted = self.redactor.redact(image, boxes, lambda seen: (b"", seen))
+            image = redacted.image
+            released = self._at_released_size(image)
+        return Segmented(
+            released, prepared.sha256, self.generator.generate(image, released), redacted
+        )
 
     def finish(self, item: PlannedImage, result: Segmented) -> Finished:
         """Make the record and the released JPEG."""
@@ -136,7 +172,33 @@ class AutoWorker:
         jpeg = None
         if self.config.write_images:
             jpeg = encode_jpeg(result.released, self.config.jpeg_quality)
-        return finished_record(record, jpeg)
+        if result.redacted is None:
+            return finished_record(record, jpeg)
+        return self._finish_redacted(item, result, record, jpeg)
+
+    def _finish_redacted(
+        self, item: PlannedImage, result: Segmented, record: ImageRecord, jpeg: bytes | None
+    ) -> Finished:
+        """Flag the masks of redacted regions, and write down what was redacted."""
+        from sa_engine.privacy.audit import audit_of
+        from sa_engine.privacy.flags import flag_redacted
+
+        assert result.redacted is not None, "the photo was redacted"
+        height, width = result.redacted.image.shape[:2]
+        audit = audit_of(
+            item,
+            result.redacted,
+            sha256_in=result.sha256,
+            sha256_out=None if jpeg is None else hashlib.sha256(jpeg).hexdigest(),
+            detectors=self.detectors,
+            config=self.config,
+        )
+        boxes = [region.box for region in result.redacted.regions]
+        return finished_record(flag_redacted(record, boxes, height, width), jpeg, audit)
+
+    def _at_released_size(self, image: np.ndarray) -> np.ndarray:
+        height, width = fit_short_side(image.shape[0], image.shape[1], self.config.short_side)
+        return resize_image(image, height, width)
 
 
 def mask_record(number: int, mask: "GeneratedMask", fingerprint: str) -> MaskRecord:
@@ -161,13 +223,25 @@ def run(config: AutoConfig, start: runner.Start = runner.RESUME) -> runner.Repor
     Raises:
         SaEngineError: bad input, another run's folder, too few resources, or too many failures.
     """
-    stage = AutoStage(_absolute(config.checkpoint))
-    return runner.run(stage, config, stage.identity, start)
+    stage = _stage(config)
+    return runner.run(stage, config, lambda: stage.identity(config), start)
 
 
 def describe(config: AutoConfig, start: runner.Start = runner.RESUME) -> runner.PlanSummary:
     """What :func:`run` would do, without doing or writing anything."""
-    return runner.describe(AutoStage(_absolute(config.checkpoint)), config, start)
+    return runner.describe(_stage(config), config, start)
+
+
+def _stage(config: AutoConfig) -> AutoStage:
+    boxes = extra_boxes(config.extra_boxes if config.blur else None, location(config.images))
+    return AutoStage(_absolute(config.checkpoint), *boxes)
+
+
+def _load_redactor(config: AutoConfig) -> "Redactor":
+    from sa_engine.privacy.redactor import load_redactor
+
+    device = "cpu" if config.device == "cpu" else "auto"
+    return load_redactor(config, config.threads_per_worker or 1, device)
 
 
 def _absolute(checkpoint: str) -> str:

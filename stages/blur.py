@@ -7,17 +7,17 @@ at the file that will be released. A photo that anything goes wrong with is not 
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sa_engine import __version__, runner
+from sa_engine import runner
 from sa_engine.config import BlurConfig
 from sa_engine.images import decode_image, encode_as, read_icc
-from sa_engine.partial import Finished, to_line
+from sa_engine.partial import Finished, finished_redaction
 from sa_engine.plan import PlannedImage
-from sa_engine.privacy.manual import Boxes, check_known, read_boxes
+from sa_engine.privacy.manual import Boxes, extra_boxes
 from sa_engine.storage import location
 
 if TYPE_CHECKING:
@@ -55,24 +55,15 @@ class BlurStage:
 
     def make_worker(self, config: BlurConfig) -> "BlurWorker":
         """Load the detectors in this process, try them, and check that they are the driver's."""
-        from sa_engine.privacy.detectors import DetectorError
-
         redactor = self._load(config)
-        if self.expected not in (None, redactor.identity()):
-            raise DetectorError(
-                f"this worker's detectors are {redactor.identity()}, the driver's {self.expected}: "
-                "install the same packages on every machine"
-            )
+        if self.expected is not None:
+            redactor.check_same(self.expected)
         return BlurWorker(redactor, self.boxes, config)
 
     def _load(self, config: BlurConfig) -> "Redactor":
-        from sa_engine.privacy.redactor import Redactor
-        from sa_engine.privacy.selftest import check_detector
+        from sa_engine.privacy.redactor import load_redactor
 
-        redactor = Redactor(config, config.threads_per_worker or 1, config.device)
-        for detector in redactor.detectors:
-            check_detector(detector, redactor.how(detector))
-        return redactor
+        return load_redactor(config, config.threads_per_worker or 1, config.device)
 
 
 class BlurWorker:
@@ -93,50 +84,27 @@ class BlurWorker:
         """Detect, redact, encode, and look at what came out."""
         suffix = PurePosixPath(item.key).suffix
 
-        def encode(image: np.ndarray) -> bytes:
-            return encode_as(image, suffix, self.config.jpeg_quality, prepared.icc)
+        def release(image: np.ndarray) -> tuple[bytes, np.ndarray]:
+            encoded = encode_as(image, suffix, self.config.jpeg_quality, prepared.icc)
+            return encoded, decode_image(encoded)
 
         boxes = self.boxes.get(item.key, [])
-        return prepared, self.redactor.redact(prepared.image, boxes, encode, decode_image)
+        return prepared, self.redactor.redact(prepared.image, boxes, release)
 
     def finish(self, item: PlannedImage, result: "tuple[Decoded, Redacted]") -> Finished:
         """Write down what was done."""
+        from sa_engine.privacy.audit import audit_of
+
         decoded, redacted = result
-        return Finished(
-            image_id=item.image_id,
-            counts=redacted.counts,
-            parts={
-                "audit": audit_line(
-                    item,
-                    redacted,
-                    sha256_in=decoded.sha256,
-                    sha256_out=hashlib.sha256(redacted.encoded).hexdigest(),
-                    detectors=self.detectors,
-                    config=self.config,
-                )
-            },
-            released={item.key: redacted.encoded},
+        audit = audit_of(
+            item,
+            redacted,
+            sha256_in=decoded.sha256,
+            sha256_out=hashlib.sha256(redacted.encoded).hexdigest(),
+            detectors=self.detectors,
+            config=self.config,
         )
-
-
-def audit_line(item: PlannedImage, redacted: "Redacted", **known: Any) -> bytes:
-    """What was done to a photo, and with what, as a line of JSON."""
-    config = known.pop("config")
-    return to_line(
-        {
-            "image_id": item.image_id,
-            "key": item.key,
-            **known,
-            "width": redacted.image.shape[1],
-            "height": redacted.image.shape[0],
-            "counts": redacted.counts,
-            "regions": [region.to_dict() for region in redacted.regions],
-            "checks": redacted.checks,
-            "detections_inside": redacted.inside,
-            "redaction": config.redaction,
-            "version": __version__,
-        }
-    )
+        return finished_redaction(audit, {item.key: redacted.encoded})
 
 
 def run(config: BlurConfig, start: runner.Start = runner.RESUME) -> runner.Report:
@@ -156,9 +124,4 @@ def describe(config: BlurConfig, start: runner.Start = runner.RESUME) -> runner.
 
 
 def _stage(config: BlurConfig) -> BlurStage:
-    if config.extra_boxes is None:
-        return BlurStage()
-    file = Path(config.extra_boxes)
-    boxes, sha256 = read_boxes(file)
-    check_known(file, boxes, location(config.images))
-    return BlurStage(boxes, sha256)
+    return BlurStage(*extra_boxes(config.extra_boxes, location(config.images)))

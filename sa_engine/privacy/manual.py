@@ -50,6 +50,15 @@ def check_known(file: Path, boxes: Boxes, images: AnyPath) -> None:
         )
 
 
+def extra_boxes(file: str | None, images: AnyPath) -> tuple[Boxes, str]:
+    """The regions of a file if one is given, checked against the images; and the file's sha256."""
+    if file is None:
+        return {}, ""
+    boxes, sha256 = read_boxes(Path(file))
+    check_known(Path(file), boxes, images)
+    return boxes, sha256
+
+
 def _is_box(box: object) -> bool:
     return (
         isinstance(box, list)

@@ -1,7 +1,7 @@
 """Redact a photo, then look at what has become of it: nothing may be found there any more."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,13 @@ import numpy as np
 
 from sa_engine.config import PrivacyConfig
 from sa_engine.errors import SaEngineError
-from sa_engine.privacy.detectors import Detector
+from sa_engine.privacy.detectors import Detector, DetectorError
 from sa_engine.privacy.faces import load_face_detector
 from sa_engine.privacy.manual import BoxesError
 from sa_engine.privacy.plates import load_plate_detector
 from sa_engine.privacy.pyramid import Search, search
 from sa_engine.privacy.redact import Box, coverage, grow, redact, redacted_area
+from sa_engine.privacy.selftest import check_detector
 
 # Of a box: as much as counts as covered, here and in blur-eval.
 COVERED = 0.95
@@ -61,7 +62,7 @@ class Redacted:
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        encoded: what `encode` made of it.
+        encoded: the file that is released.
         regions: that were redacted.
         checks: how often the redacted photo was looked at; at the last time nothing was found.
         inside: detections within redacted regions at that last time.
@@ -81,6 +82,21 @@ class Redacted:
 
 
 _KINDS = ("face", "plate", "manual")
+
+
+def load_redactor(config: PrivacyConfig, threads: int, device: str) -> "Redactor":
+    """Load the detectors, and let each find what it must find before it is trusted with a photo.
+
+    Args:
+        config, threads, device: see `Redactor`.
+
+    Raises:
+        DetectorError, WeightsError: a detector cannot be had, or fails its self-test.
+    """
+    redactor = Redactor(config, threads, device)
+    for detector in redactor.detectors:
+        check_detector(detector, redactor.how(detector))
+    return redactor
 
 
 class Redactor:
@@ -108,6 +124,15 @@ class Redactor:
             f"{detector.kind}_detector_{detector.name}": detector.weights_sha256
             for detector in self.detectors
         }
+
+    def check_same(self, expected: Mapping[str, str]) -> None:
+        """Raise DetectorError if the detectors are not those of another machine."""
+        for name, sha256 in self.identity().items():
+            if expected.get(name) != sha256:
+                raise DetectorError(
+                    f"{name} has other weights on this worker (sha256 {sha256[:12]}) than on the "
+                    f"driver ({str(expected.get(name))[:12]}): install the same packages on both"
+                )
 
     def describe(self) -> list[dict[str, Any]]:
         """The detectors and their thresholds, for the audit."""
@@ -163,16 +188,15 @@ class Redactor:
         self,
         image: np.ndarray,
         manual: Sequence[Sequence[float]],
-        encode: Callable[[np.ndarray], bytes],
-        decode: Callable[[bytes], np.ndarray],
+        release: Callable[[np.ndarray], tuple[bytes, np.ndarray]],
     ) -> Redacted:
         """Redact a photo, and check what will be released, up to three times.
 
         Args:
             image: (H, W, 3) uint8 RGB.
             manual: more boxes to redact, XYXY in pixels.
-            encode: makes the file that is released.
-            decode: what anyone sees of it; of the same size as the photo.
+            release: makes the file that is released, and what anyone sees of it, which has the same
+                size as the photo.
 
         Raises:
             StillVisible: something is still found at the third time.
@@ -199,8 +223,8 @@ class Redactor:
         for check in range(1, _PASSES + 1):
             boxes = [region.box for region in regions]
             redacted = redact(image, boxes, self._config.redaction, self._config.soft_edge)
-            encoded = encode(redacted)
-            found = self.find(decode(encoded), check)
+            encoded, seen = release(redacted)
+            found = self.find(seen, check)
             covered = redacted_area(boxes, height, width)
             new = [one for one in found if coverage(one.detected, covered) < COVERED]
             if not new:
