@@ -53,7 +53,7 @@ class MaskRecord:
         box_score: of the detected box that prompted it.
         prefill_id: id of the mask that an annotator was shown.
         edit_status: what the annotator did with that mask.
-        redacted: whether it touches a blurred face or plate.
+        redacted: whether it is of a redacted face or plate: None if nothing was redacted in its run.
     """
 
     id: int
