@@ -149,9 +149,9 @@ def _run_stage(
     name: str, cls: type[Config], file: Path | None, sets: tuple[str, ...], flags: dict[str, Any]
 ) -> None:
     """Read a stage's options, then run it or say what it would do."""
+    config = load_config(cls, file, sets, given_options(flags))
     from sa_engine.runner import Start
 
-    config = load_config(cls, file, sets, given_options(flags))
     start = Start(**{key: flags[key] for key in (name.replace("-", "_") for name in STARTS)})
     stage = importlib.import_module(f"stages.{name}")
     _tell_notes(config)

@@ -125,7 +125,7 @@ def test_every_worker_checks_its_weights(tmp_path: Path) -> None:
     torch.save(sam.state_dict(), checkpoint)
     stage = AutoStage(str(checkpoint))
     config = AutoConfig(images="images", out="out", points_per_side=4, crop_n_layers=0)
-    fingerprint = stage.identity()["model_fingerprint"]
+    fingerprint = stage.identity(config)["model_fingerprint"]
     sent = pickle.dumps(stage)
     assert len(sent) < 10_000, "the weights stay behind"
     assert pickle.loads(sent).make_worker(config).fingerprint == fingerprint

