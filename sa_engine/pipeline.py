@@ -15,7 +15,7 @@ from sa_engine.lock import read_lock
 from sa_engine.partial import Breadcrumbs, Failure, Finished, PartialShard
 from sa_engine.plan import PlannedImage
 from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write
-from sa_engine.tree import tree_scratch
+from sa_engine.tree import tree_scratch, withdraw
 
 _MESSAGE_LENGTH = 500
 # More than the pixels of the largest picture that is decoded, with 16 bits a sample.
@@ -136,6 +136,7 @@ class Pipeline:
         finished = self._step("finish", image, self._encode, result)
         check_driver(self._spec)  # what it says now may be of other options than the run there has
         if isinstance(finished, Failure):
+            withdraw(self._spec.paths, image.key)
             self._store.fail(finished)
         else:
             self._release(finished)

@@ -30,7 +30,7 @@ from sa_engine.resources import (
 from sa_engine.run_dir import PlannedRun, images_folder, open_run, plan_run
 from sa_engine.shards import ShardStats, committed_shards, read_markers
 from sa_engine.storage import RunError, RunPaths, location, sweep, told_if_output_fails
-from sa_engine.tree import check_apart, sweep_scratch
+from sa_engine.tree import building, check_apart
 from sa_engine.worker import ShardWorker
 
 __all__ = [
@@ -168,7 +168,6 @@ def _work(
     session = uuid.uuid4().hex
     with RunLock(paths, session, start.steal_lock) as lock:
         sweep(paths.scratch)
-        sweep_scratch(paths)
         planned = _plan(paths, stage, config, start)
         todo = [] if start.overwrite else _todo(paths, planned.plan, config, start)
         if not (todo or start.overwrite):  # another process has just finished it, or nothing is new
@@ -191,9 +190,8 @@ def _work(
                 retry_failed=start.retry_failed,
                 is_driver=config.local,
             )
-            processed = _run_shards(spec, planned.plan, todo, resources, lock)
-            sweep_scratch(paths)
-            return planned, processed
+            with building(paths):
+                return planned, _run_shards(spec, planned.plan, todo, resources, lock)
 
 
 def _begin(

@@ -4,8 +4,8 @@ A run of such a stage keeps its own files elsewhere (`RunPaths.work`). While it 
 built in a hidden folder of the tree, so that each appears by one rename, whole.
 """
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sa_engine.storage import AnyPath, RunError, RunPaths, list_names, sweep
@@ -18,11 +18,31 @@ def tree_scratch(out: AnyPath) -> Path | None:
     return out / _SCRATCH if isinstance(out, Path) else None
 
 
-def sweep_scratch(paths: RunPaths) -> None:
-    """Remove what is left of files that were being built."""
+@contextmanager
+def building(paths: RunPaths) -> Iterator[None]:
+    """Make room for files to be built in, without what a killed run has left there; remove it after.
+
+    Raises RunError, before there is any work, if the output cannot be written.
+    """
     scratch = tree_scratch(paths.out)
-    if paths.work is not None and scratch is not None:
+    if paths.work is None or scratch is None:
+        yield
+        return
+    sweep(scratch)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"cannot write to the output {paths.out}: {error.strerror}") from None
+    try:
+        yield
+    finally:
         sweep(scratch)
+
+
+def withdraw(paths: RunPaths, key: str) -> None:
+    """Remove the released image of a photo that has failed: an earlier attempt may have left one."""
+    if paths.work is not None:
+        (paths.out / key).unlink(missing_ok=True)
 
 
 def check_apart(paths: RunPaths, images: AnyPath) -> None:

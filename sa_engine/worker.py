@@ -14,6 +14,7 @@ from sa_engine.plan import PlannedImage, Shard
 from sa_engine.reader import reopen_shard
 from sa_engine.shards import ShardStats, commit_shard
 from sa_engine.storage import RunError, told_if_output_fails
+from sa_engine.tree import withdraw
 
 _FATAL_DEATHS = 2
 _FATAL_DEATHS_OUTSIDE = 5
@@ -81,10 +82,14 @@ class ShardWorker:
             if image.image_id in ended and store.load(image.image_id) is not None:
                 continue
             if breadcrumbs.deaths[image.key] >= _FATAL_DEATHS:
-                store.fail(_worker_died(image, breadcrumbs.deaths[image.key]))
+                self._give_up(store, image, breadcrumbs.deaths[image.key])
             else:
                 todo.append(image)
         return todo
+
+    def _give_up(self, store: PartialShard, image: PlannedImage, deaths: int) -> None:
+        withdraw(self._spec.paths, image.key)
+        store.fail(_worker_died(image, deaths))
 
     def _try_alone(self, shard: Shard, store: PartialShard, breadcrumbs: Breadcrumbs) -> None:
         """Take images that may have crashed this worker's predecessor in processes of their own."""
@@ -94,7 +99,7 @@ class ShardWorker:
             if store.load(image.image_id) is None:
                 crashed = _crashes(self._spec, shard, image.image_id)
                 if crashed and store.load(image.image_id) is None:
-                    store.fail(_worker_died(image, _FATAL_DEATHS))
+                    self._give_up(store, image, _FATAL_DEATHS)
 
     def _load(self) -> StageWorker:
         if self._stage_worker is None:

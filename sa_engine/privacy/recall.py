@@ -87,7 +87,8 @@ class Recall:
     def __str__(self) -> str:
         """Give a table for a person."""
         missed = [
-            f"missed: {one['image']} at {one['bbox']}, {one['covered']:.0%} covered"
+            f"missed: {one['image']} at {[round(side, 1) for side in one['bbox']]}, "
+            f"{one['covered']:.0%} covered"
             for one in self.missed[:20]
         ]
         more = len(self.missed) - len(missed)
