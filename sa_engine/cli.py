@@ -92,9 +92,9 @@ def blur(file: Path | None, sets: tuple[str, ...], review_dir: Path | None, **fl
 
 def _review(config: BlurConfig, dest: Path) -> None:
     from sa_engine.privacy.review import review
-    from sa_engine.storage import RunPaths, location
+    from sa_engine.run_dir import run_paths
 
-    paths = RunPaths(location(config.out), location(config.work_folder()))
+    paths = run_paths(config)
     if paths.info.exists():
         for picture in review(paths, dest):
             click.echo(f"to be looked at: {picture}")

@@ -1,8 +1,10 @@
 """The options of every stage, as frozen dataclasses whose defaults are the paper's values."""
 
+import hashlib
 import re
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from sa_engine.options import (
     Config,
@@ -33,12 +35,6 @@ __all__ = [
 ]
 
 FORMATS = ("tar", "parquet")
-
-
-def work_beside(out: str) -> str:
-    """Where a run whose output is a tree of images keeps its own files by default: `OUT.run`."""
-    place, query, options = out.partition("?") if "://" in out else (out, "", "")
-    return f"{place.rstrip('/')}.run{query}{options}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +144,12 @@ class RunConfig(Config):
     )
     verbose: bool = option(False, help="Show the workers' logs.")
 
-    def work_folder(self) -> str | None:
-        """Where the run keeps its own files, if not in its output."""
+    def keeps_apart(self) -> bool:
+        """Whether the run keeps its own files out of its output: in `own_folder`, or beside the output."""
+        return False
+
+    def own_folder(self) -> str | None:
+        """Where the run was told to keep its own files."""
         return None
 
     def shard_formats(self) -> tuple[str, ...]:
@@ -247,6 +247,18 @@ class PrivacyConfig(Config):
         if not (self.face_detectors or self.plate_detectors):
             raise ConfigError("face_detectors and plate_detectors are both empty: nothing to find")
 
+    def identity_of_files(self) -> dict[str, Any]:
+        """The regions to redact: another file may name others."""
+        if self.extra_boxes is None:
+            return {"extra_boxes": None}
+        try:
+            content = Path(self.extra_boxes).read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"boxes {self.extra_boxes}: cannot be read: {error.strerror}"
+            ) from None
+        return {"extra_boxes": f"sha256 {hashlib.sha256(content).hexdigest()}"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlurConfig(PrivacyConfig, RunConfig):
@@ -269,9 +281,13 @@ class BlurConfig(PrivacyConfig, RunConfig):
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f"device = {self.device!r}: expected auto or cpu")
 
-    def work_folder(self) -> str:
-        """`work`, or `OUT.run`."""
-        return self.work or work_beside(self.out)
+    def keeps_apart(self) -> bool:
+        """Its output is a tree of images alone."""
+        return True
+
+    def own_folder(self) -> str | None:
+        """The same as `work`."""
+        return self.work
 
     def parts(self) -> tuple[str, ...]:
         """What was redacted: a line of the audit."""

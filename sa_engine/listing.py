@@ -109,8 +109,10 @@ def _walk(
     """Yield every file below `root` that is not in an excluded or already seen folder."""
     seen: set[tuple[int, int]] = set()
     pending = [(str(root), "")]
-    while pending:
-        folder, prefix = pending.pop()
+    links: list[tuple[str, str]] = []
+    while pending or links:
+        # Links last: a folder has its own name rather than that of a link to it.
+        folder, prefix = pending.pop() if pending else links.pop()
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen or Path(folder).resolve() == exclude:
@@ -121,7 +123,8 @@ def _walk(
         except OSError:
             ignored["unreadable folder"] += 1
             continue
-        subfolders = []
+        subfolders: list[tuple[str, str]] = []
+        linked: list[tuple[str, str]] = []
         for entry in found:
             key = prefix + entry.name
             if not _is_folder(entry):
@@ -129,8 +132,10 @@ def _walk(
             elif entry.name.startswith("."):
                 ignored["hidden"] += 1
             else:
-                subfolders.append((entry.path, f"{key}/"))
+                kind = linked if entry.is_symlink() else subfolders
+                kind.append((entry.path, f"{key}/"))
         pending += reversed(subfolders)
+        links += reversed(linked)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -149,8 +154,11 @@ def _look_at(entry: os.DirEntry[str]) -> tuple[int, int]:
 
 def _reason_to_ignore(key: str, size: int) -> str | None:
     """Why a file is not an input, or None if it is."""
-    if any(part.startswith(".") for part in key.split("/")):
+    parts = key.split("/")
+    if any(part.startswith(".") for part in parts):
         return "hidden"
+    if "" in parts:  # of a store; as a path it would be another file
+        return "name with an empty part"
     try:
         key.encode()
     except UnicodeEncodeError:

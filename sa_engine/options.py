@@ -49,6 +49,10 @@ class Config:
         for name in option_names(type(self)):
             object.__setattr__(self, name, _checked(type(self), name, getattr(self, name)))
 
+    def identity_of_files(self) -> dict[str, Any]:
+        """What decides a run's bytes and lies in files that options name: their hashes by option."""
+        return {}
+
 
 def load_config(
     cls: type[ConfigT], path: Path | None, sets: Sequence[str], flags: Mapping[str, Any]
@@ -99,7 +103,8 @@ def to_yaml(config: Config) -> str:
 def identity_values(config: Config) -> dict[str, Any]:
     """The options that decide a run's bytes, as plain JSON values."""
     values = to_dict(config)
-    return {e.name: values[e.name] for e in dataclasses.fields(config) if e.metadata["identity"]}
+    chosen = {e.name: values[e.name] for e in dataclasses.fields(config) if e.metadata["identity"]}
+    return {**chosen, **config.identity_of_files()}
 
 
 def fingerprint(config: Config) -> str:

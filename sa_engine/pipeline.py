@@ -14,7 +14,7 @@ from sa_engine.listing import size_and_mtime_ns
 from sa_engine.lock import read_lock
 from sa_engine.partial import Breadcrumbs, Failure, Finished, PartialShard
 from sa_engine.plan import PlannedImage
-from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write
+from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write, is_disk_error
 from sa_engine.tree import tree_scratch, withdraw
 
 _MESSAGE_LENGTH = 500
@@ -24,6 +24,14 @@ _LARGEST_FILE = 4_000_000_000
 
 class SkipImage(SaEngineError):
     """Raised by a stage that leaves an image out on purpose; the message says why."""
+
+
+class OutputFailed(Exception):
+    """The output's disk or store has failed, which costs no image but ends the run."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class StageWorker(Protocol):
@@ -135,11 +143,12 @@ class Pipeline:
     def _finish(self, image: PlannedImage, result: Any) -> None:
         finished = self._step("finish", image, self._encode, result)
         check_driver(self._spec)  # what it says now may be of other options than the run there has
+        if not isinstance(finished, Failure):
+            finished = self._step("finish", image, self._release, finished)
         if isinstance(finished, Failure):
             withdraw(self._spec.paths, image.key)
             self._store.fail(finished)
         else:
-            self._release(finished)
             self._store.save(finished)
 
     def _step(
@@ -150,6 +159,8 @@ class Pipeline:
             return inputs[0]
         try:
             return function(image, *inputs)
+        except OutputFailed as failed:
+            raise failed.error from None
         except Exception as error:  # whatever a photo sets off must cost that photo alone
             return Failure(
                 key=image.key,
@@ -186,11 +197,17 @@ class Pipeline:
         parts = {name: part for name, part in finished.parts.items() if name in (*needed, "audit")}
         return replace(finished, parts=parts)
 
-    def _release(self, finished: Finished) -> None:
-        """Put the files in place that are an image's own."""
+    def _release(self, image: PlannedImage, finished: Finished) -> Finished:
+        """Put the files in place that are an image's own. A broken disk is not the image's fault."""
         out = self._spec.paths.out
-        for name, data in finished.released.items():
-            atomic_write(out / name, data, scratch=tree_scratch(out))
+        try:
+            for name, data in finished.released.items():
+                atomic_write(out / name, data, scratch=tree_scratch(self._spec.paths))
+        except OSError as error:
+            if is_disk_error(error) or not isinstance(out, Path):
+                raise OutputFailed(error) from error
+            raise
+        return finished
 
 
 def _check_unchanged(image: PlannedImage, size: int, mtime_ns: int) -> None:

@@ -2,8 +2,8 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from sa_engine.errors import TooManyFailures
 from sa_engine.resources import DiskSpace, Resources
@@ -46,11 +46,10 @@ class PlanSummary:
     def __str__(self) -> str:
         """Give one line for each thing a person wants to check before the start."""
         limit = f", of which --limit takes {self.chosen}" if self.chosen < self.planned else ""
-        ignored = ", ".join(f"{count} {reason}" for reason, count in self.ignored.items())
         added = f", {self.added} of them new" if self.added else ""
         lines = [
             f"{self.planned} images in {self.images}{added}{limit}",
-            f"left out: {ignored or 'nothing'}",
+            f"left out: {say_ignored(self.ignored) or 'nothing'}",
             f"{self.shards} shards of up to {self.shard_size} images, {self.committed} done",
             *([f"{self.retried} failed images to try again"] if self.retried else []),
             str(self.resources),
@@ -71,6 +70,8 @@ class Report:
         remaining: images of the plan beyond `limit`.
         processed: images that this session worked on.
         seconds: wall time of this session.
+        ignored: entries of the images folder that are not images, by suffix or reason.
+        name: the folder by which commands find the run.
     """
 
     out: AnyPath
@@ -82,6 +83,8 @@ class Report:
     remaining: int
     processed: int
     seconds: float
+    ignored: dict[str, int] = field(default_factory=dict)
+    name: AnyPath | None = None
 
     @property
     def masks(self) -> int:
@@ -101,11 +104,14 @@ class Report:
         return "\n".join(
             [
                 f"{self.planned} images: {counts}{beyond}",
+                *([f"left out: {say_ignored(self.ignored)}"] if self.ignored else []),
                 *(f"{n:,} {kind}{per_image(n, self.ok)}" for kind, n in self.counts.items()),
                 speed if self.processed else "nothing was left to do",
                 f"output: {self.out}",
                 *(
-                    [f"reasons of failures: sa-engine errors {shlex.quote(str(self.out))}"]
+                    [
+                        f"reasons of failures: sa-engine errors {shlex.quote(str(self.name or self.out))}"
+                    ]
                     * bool(self.failed)
                 ),
             ]
@@ -118,6 +124,11 @@ def add_counts(stats: Iterable[ShardStats]) -> dict[str, int]:
     for shard in stats:
         total.update(shard.counts)
     return dict(total)
+
+
+def say_ignored(ignored: Mapping[str, int]) -> str:
+    """What was left out, and how often."""
+    return ", ".join(f"{count} {reason}" for reason, count in ignored.items())
 
 
 def per_image(count: int, images: int) -> str:
@@ -133,6 +144,7 @@ def make_report(
     remaining: int,
     processed: int,
     seconds: float,
+    ignored: dict[str, int],
 ) -> Report:
     """Add up the markers of a finished run; the other numbers are the report's own.
 
@@ -149,6 +161,8 @@ def make_report(
         remaining=remaining,
         processed=processed,
         seconds=seconds,
+        ignored=ignored,
+        name=paths.name,
     )
     if report.ok + report.skipped + report.failed != planned:
         raise RunError(f"the markers in {paths.out} count other images than the plan: {report}")
@@ -161,5 +175,5 @@ def check_failures(report: Report, max_failed: float) -> None:
         raise TooManyFailures(
             f"{report.failed} of {report.planned} images failed, more than max_failed = "
             f"{max_failed:g} allows; {report.ok} images are finished in "
-            f"{report.out}; sa-engine errors {shlex.quote(str(report.out))} says why the others are not"
+            f"{report.out}; sa-engine errors {shlex.quote(str(report.name or report.out))} says why the others are not"
         )

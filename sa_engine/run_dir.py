@@ -23,6 +23,7 @@ from sa_engine.plan import (
 )
 from sa_engine.reader import read_failures
 from sa_engine.resources import Resources
+from sa_engine.shards import committed_shards
 from sa_engine.storage import (
     AnyPath,
     RunError,
@@ -31,13 +32,14 @@ from sa_engine.storage import (
     list_names,
     location,
     sweep,
+    work_beside,
 )
-from sa_engine.tree import clear_tree, strangers
+from sa_engine.tree import check_apart, clear_tree, strangers
 
 # Options whose default depends on the inputs or the machine: decided once, then kept.
 _DECIDED_ONCE = ("shard_size", "threads_per_worker")
 # What a run that is being planned, or was killed then, has already put into its own folder.
-_BEFORE_A_RUN = ("lock", "heartbeat.json", "tmp", "plan.parquet", "shards")
+_BEFORE_A_RUN = ("lock", "heartbeat.json", "plan.parquet", "shards", "partial", "errors", "audit")
 _OURS = re.compile(r"sa_\d{6,}\.(json|tar|parquet)|_run|holdout\.json")
 
 
@@ -89,6 +91,25 @@ class PlannedRun:
     added: int = 0
 
 
+def run_paths(config: RunConfig) -> RunPaths:
+    """Where a run's files are. Raises RunError if folders lie in one another that may not."""
+    out, work = location(config.out), None
+    if config.keeps_apart():
+        own = config.own_folder()
+        work = work_beside(out) if own is None else location(own)
+    paths = RunPaths(out, work)
+    check_apart(paths, images_folder(config))
+    return paths
+
+
+def planned_keys(config: RunConfig) -> list[str]:
+    """Keys of a run's images: of its plan, or if there is none yet, of all that are there."""
+    paths = run_paths(config)
+    if paths.info.exists():
+        return read_plan(paths.plan).keys()
+    return list_images(images_folder(config), exclude=paths.out)[0].column("key").to_pylist()
+
+
 def images_folder(config: RunConfig) -> AnyPath:
     """Where the images are; a local path absolute and with links resolved, to be compared."""
     return location(config.images)
@@ -120,11 +141,16 @@ def open_run(paths: RunPaths, stage: str, config: RunConfig) -> PlannedRun | Non
         for key, value in identity_values(config).items()
         if not (key in _DECIDED_ONCE and value is None)
     }
-    check_same(
-        paths,
-        {"stage": info.stage, "images": info.config["images"], **info.identity},
-        {"stage": stage, "images": str(images_folder(config)), **given},
-    )
+    before = {"stage": info.stage, "images": info.config["images"], **info.identity}
+    now = {"stage": stage, "images": str(images_folder(config)), **given}
+    if paths.work is not None and paths.work != work_beside(paths.out):
+        before["out"], now["out"] = info.config["out"], str(paths.out)
+    check_same(paths, before, now)
+    if paths.work is not None and not paths.out.exists() and committed_shards(paths):
+        raise RunError(
+            f"output {paths.out} is gone, but not the run that made it, {paths.work}: put it back, "
+            "or start over with --overwrite"
+        )
     return PlannedRun(read_plan(paths.plan), info.identity["shard_size"], info.ignored, info)
 
 
@@ -162,7 +188,11 @@ def start_run(
     resources: Resources,
     model: Mapping[str, str],
 ) -> None:
-    """Write the plan and then `run.json`, which makes it binding."""
+    """Write the plan and then `run.json`, which makes it binding.
+
+    Raises RunError if there is something in the output by now.
+    """
+    _check_empty(paths)
     decided = {"shard_size": planned.shard_size, "threads_per_worker": resources.threads}
     identity = {**identity_values(config), **decided}
     canonical = json.dumps([stage, identity, dict(model)], sort_keys=True)
@@ -217,15 +247,18 @@ def refresh_failed(
 
 
 def clear_run(paths: RunPaths) -> None:
-    """Remove a run with all it has made, its `run.json` last, so that a kill leaves a run to remove."""
-    if paths.work is not None and paths.plan.exists():
-        clear_tree(paths, read_plan(paths.plan).keys())
+    """Remove a run with all it has made, `run.json` and then the plan last: a kill leaves a run to
+    remove, or a folder without one."""
     ours = [name for name in list_names(paths.shards) if _OURS.fullmatch(name) and name != "_run"]
     for name in sorted(ours, key=lambda name: (not name.endswith(".json"), name)):
         (paths.shards / name).unlink(missing_ok=True)
+    if (
+        paths.work is not None and paths.plan.exists()
+    ):  # after the markers, which say that it is done
+        clear_tree(paths, read_plan(paths.plan).keys())
     for folder in (paths.partial, paths.run / "errors", paths.run / "audit"):
         sweep(folder)
-    for file in (paths.plan, paths.info):
+    for file in (paths.info, paths.plan):
         file.unlink(missing_ok=True)
 
 
@@ -237,7 +270,7 @@ def check_clearable(paths: RunPaths) -> None:
     if paths.work is None:
         others = [name for name in list_names(paths.out) if not _OURS.fullmatch(name)]
     else:
-        others = strangers(paths.out, read_plan(paths.plan).keys())
+        others = strangers(paths, read_plan(paths.plan).keys(), live=True)
     if others:
         raise RunError(
             f"output {paths.out} holds {sorted(others)[0]} beside its run: --overwrite removes "
@@ -272,7 +305,8 @@ def _check_empty(paths: RunPaths) -> None:
     for flag, folder in (("--out", paths.out), ("--work", paths.work)):
         if isinstance(folder, Path) and folder.exists() and not folder.is_dir():
             raise RunError(f"output {folder} is a file: {flag} takes a new or empty folder")
-    others = sorted(name for name in list_names(paths.out) if name != "_run")
+    own = () if paths.work is not None else ("_run",)
+    others = sorted(name for name in list_names(paths.out) if name not in own)
     if others:
         raise RunError(
             f"output {paths.out} holds {others[0]} ({len(others)} entries in all) but no run: "
@@ -280,6 +314,8 @@ def _check_empty(paths: RunPaths) -> None:
         )
     others = [] if paths.work is None else sorted(list_names(paths.work))
     others = [name for name in others if name not in _BEFORE_A_RUN]
+    if paths.work is not None and paths.scratch.name in others and not list_names(paths.scratch):
+        others.remove(paths.scratch.name)
     if others:
         raise RunError(
             f"--work {paths.work} holds {others[0]} but no run: it takes a new or empty folder"

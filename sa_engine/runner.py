@@ -29,8 +29,8 @@ from sa_engine.resources import (
 )
 from sa_engine.run_dir import PlannedRun, images_folder, open_run, plan_run
 from sa_engine.shards import ShardStats, committed_shards, read_markers
-from sa_engine.storage import RunError, RunPaths, location, sweep, told_if_output_fails
-from sa_engine.tree import building, check_apart
+from sa_engine.storage import RunError, RunPaths, sweep, told_if_output_fails
+from sa_engine.tree import building, is_unswept
 from sa_engine.worker import ShardWorker
 
 __all__ = [
@@ -142,7 +142,12 @@ def _run(
     began = time.monotonic()
     planned = None if start.overwrite else open_run(paths, stage.name, config)
     processed = 0
-    if start != RESUME or planned is None or _todo(paths, planned.plan, config, start):
+    if (
+        start != RESUME
+        or planned is None
+        or _todo(paths, planned.plan, config, start)
+        or is_unswept(paths)
+    ):
         planned, processed = _work(paths, stage, config, identity, start)
     chosen = planned.plan.select(config.limit)
     report = make_report(
@@ -152,6 +157,7 @@ def _run(
         remaining=planned.plan.images - planned.plan.count(chosen),
         processed=processed,
         seconds=time.monotonic() - began,
+        ignored=planned.ignored,
     )
     check_failures(report, config.max_failed)
     return report
@@ -167,13 +173,14 @@ def _work(
     """Do what is left of a run; return its plan and how many images were worked on."""
     session = uuid.uuid4().hex
     with RunLock(paths, session, start.steal_lock) as lock:
-        sweep(paths.scratch)
         planned = _plan(paths, stage, config, start)
+        sweep(paths.scratch)  # not before it is known to be a run's
         todo = [] if start.overwrite else _todo(paths, planned.plan, config, start)
         if not (todo or start.overwrite):  # another process has just finished it, or nothing is new
             if planned.info is not None:
                 run_dir.continue_run(paths, planned)
-            return planned, 0
+            with building(paths):  # which ends in its being swept
+                return planned, 0
         if start.overwrite:
             todo = list(planned.plan.select(config.limit))
         check_disk(paths, disk_space(paths, planned.plan, todo, config))
@@ -282,10 +289,7 @@ def _plan(paths: RunPaths, stage: Stage, config: RunConfig, start: Start) -> Pla
 
 
 def _paths(config: RunConfig) -> RunPaths:
-    work = config.work_folder()
-    paths = RunPaths(location(config.out), None if work is None else location(work))
-    check_apart(paths, images_folder(config))
-    return paths
+    return run_dir.run_paths(config)
 
 
 def _threads(planned: PlannedRun) -> int | None:

@@ -21,6 +21,7 @@ class RunStatus:
 
     Attributes:
         out: the run's folder.
+        name: the folder by which commands find the run.
         stage: its name.
         state: "running", "finished", or "stopped" if it is neither.
         holder: host, pid and seconds since the last sign of life of the process that runs it.
@@ -34,6 +35,7 @@ class RunStatus:
     """
 
     out: AnyPath
+    name: AnyPath
     stage: str
     state: str
     holder: dict[str, Any]
@@ -68,7 +70,7 @@ class RunStatus:
     def to_dict(self) -> dict[str, Any]:
         """All numbers as plain JSON values."""
         derived = {"done": self.done, "seconds_left": self.seconds_left}
-        return {**vars(self), "out": str(self.out), **derived}
+        return {**vars(self), "out": str(self.out), "name": str(self.name), **derived}
 
     def __str__(self) -> str:
         """Give it to a person, with a bar."""
@@ -77,7 +79,7 @@ class RunStatus:
         bar = "#" * filled + "." * (_BAR - filled)
         begun = f", {self.ended} more in {self.open_shards} open shards" if self.open_shards else ""
         committed = self.ok + self.skipped + self.failed
-        see = f"   (see: sa-engine errors {self.out})" if self.failed else ""
+        see = f"   (see: sa-engine errors {self.name})" if self.failed else ""
         return "\n".join(
             [
                 f"{self.out}: {self.state}{self._by()}",
@@ -123,6 +125,7 @@ def read_status(out: AnyPath) -> RunStatus:
     state = "running" if live else "finished" if len(markers) == len(plan) else "stopped"
     return RunStatus(
         out=paths.out,
+        name=paths.name,
         stage=info.stage,
         state=state,
         holder={**_holder(paths), "silent": silence(paths, probe=False)} if live else {},

@@ -89,6 +89,11 @@ class RunPaths:
     def errors(self, shard: str) -> AnyPath:
         return self.run / "errors" / f"{shard}.jsonl"
 
+    @property
+    def name(self) -> AnyPath:
+        """The folder by which `find_run` finds it."""
+        return self.out if self.work in (None, work_beside(self.out)) else self.work
+
     def audit(self, shard: str) -> AnyPath:
         return self.run / "audit" / f"{shard}.jsonl"
 
@@ -108,17 +113,29 @@ def location(text: str) -> AnyPath:
     return Path(unquote(parts.path)).resolve() if parts.scheme == "file" else RemotePath(text)
 
 
-def find_run(out: AnyPath) -> RunPaths:
+def work_beside(out: AnyPath) -> AnyPath:
+    """Where a run whose output is a tree of images keeps its own files by default: `OUT.run`."""
+    return out.parent / f"{out.name}.run"
+
+
+def find_run(named: AnyPath) -> RunPaths:
     """The run that a user means by its output folder, or by the folder it keeps its own files in."""
-    if RunPaths(out).info.exists():
-        return RunPaths(out)
-    for work in (out, out.parent / f"{out.name}.run"):
-        try:
-            config = json.loads((work / "run.json").read_bytes())["config"]
-            return RunPaths(location(config["out"]), work)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return RunPaths(out)
+    if RunPaths(named).info.exists():
+        return RunPaths(named)
+    if (work_beside(named) / "run.json").exists():
+        return RunPaths(named, work_beside(named))
+    try:
+        out = json.loads((named / "run.json").read_bytes())["config"]["out"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return RunPaths(named)
+    beside = named.parent / named.name.removesuffix(".run")
+    # A run that was moved has its output beside it, and a store is reached as `named` is.
+    return RunPaths(beside if work_beside(beside) == named else location(out), named)
+
+
+def is_disk_error(error: OSError) -> bool:
+    """Whether an error is the disk's, rather than that of one file's name or place."""
+    return error.errno in _DISK_ERRORS
 
 
 def atomic_write(
@@ -144,7 +161,7 @@ def atomic_write(
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = scratch or path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"  # short: some names are as long as can be
     try:
         with open(os.open(temporary, _NEW_FILE, 0o600 if private else 0o666), "wb") as file:
             file.write(data)
@@ -205,7 +222,7 @@ def told_if_output_fails(paths: RunPaths) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS and isinstance(paths.out, Path):
+        if not is_disk_error(error) and isinstance(paths.out, Path):
             raise
         detail = error.strerror or " ".join(str(error).split())
         raise OutputError(

@@ -4,6 +4,7 @@ A run of such a stage keeps its own files elsewhere (`RunPaths.work`). While it 
 built in a hidden folder of the tree, so that each appears by one rename, whole.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,21 +14,33 @@ from sa_engine.storage import AnyPath, RunError, RunPaths, list_names, sweep
 _SCRATCH = ".sa-engine-tmp"
 
 
-def tree_scratch(out: AnyPath) -> Path | None:
-    """Where a tree's files are built, on its own file system; None for a store, which needs none."""
-    return out / _SCRATCH if isinstance(out, Path) else None
+def tree_scratch(paths: RunPaths) -> Path | None:
+    """Where a run builds its tree's files, on their own file system; None for a store.
+
+    The folder is named after the run's own folder, so that no other run's is taken for it.
+    """
+    if not isinstance(paths.out, Path):
+        return None
+    return paths.out / _SCRATCH / hashlib.sha256(str(paths.work).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def building(paths: RunPaths) -> Iterator[None]:
     """Make room for files to be built in, without what a killed run has left there; remove it after.
 
-    Raises RunError, before there is any work, if the output cannot be written.
+    Raises RunError, before there is any work, if another run builds there, or the output cannot be
+    written.
     """
-    scratch = tree_scratch(paths.out)
+    scratch = tree_scratch(paths)
     if paths.work is None or scratch is None:
         yield
         return
+    others = [name for name in list_names(scratch.parent) if name != scratch.name]
+    if others:
+        raise RunError(
+            f"output {paths.out} is being written by another run, which keeps its own files in "
+            f"another --work; if that has ended for good, remove {scratch.parent}"
+        )
     sweep(scratch)
     try:
         scratch.mkdir(parents=True)
@@ -37,6 +50,14 @@ def building(paths: RunPaths) -> Iterator[None]:
         yield
     finally:
         sweep(scratch)
+        with suppress(OSError):  # another run's is there
+            scratch.parent.rmdir()
+
+
+def is_unswept(paths: RunPaths) -> bool:
+    """Whether a run that was killed, or that works now, has its scratch folder in the tree."""
+    scratch = tree_scratch(paths)
+    return paths.work is not None and scratch is not None and scratch.exists()
 
 
 def withdraw(paths: RunPaths, key: str) -> None:
@@ -64,7 +85,8 @@ def clear_tree(paths: RunPaths, keys: Iterable[str]) -> None:
     """Remove a run's images, and the folders that are empty then."""
     folders: set[AnyPath] = set()
     for key in keys:
-        (paths.out / key).unlink(missing_ok=True)
+        with suppress(IsADirectoryError):  # it is none of the run's
+            (paths.out / key).unlink(missing_ok=True)
         folders.update((paths.out / key).parents if isinstance(paths.out, Path) else ())
     for folder in sorted(folders, key=lambda folder: -len(str(folder))):
         if isinstance(folder, Path) and isinstance(paths.out, Path) and paths.out in folder.parents:
@@ -72,9 +94,12 @@ def clear_tree(paths: RunPaths, keys: Iterable[str]) -> None:
                 folder.rmdir()
 
 
-def strangers(out: AnyPath, keys: Iterable[str]) -> list[str]:
-    """Files in a tree that are none of a run's images; one that is enough to know, at most."""
-    known = set(keys)
+def strangers(paths: RunPaths, keys: Iterable[str], live: bool) -> list[str]:
+    """Files in a tree that are none of a run's images: one at most, which is enough to know.
+
+    `live`: the run may be at work, so that files are being built.
+    """
+    out, known = paths.out, set(keys)
     if not isinstance(out, Path):
         return [key for key, _, _ in out.find_files() if key not in known][:1]
     pending = [""]
@@ -83,11 +108,11 @@ def strangers(out: AnyPath, keys: Iterable[str]) -> list[str]:
         for name in sorted(list_names(out / prefix)):
             key = f"{prefix}{name}"
             if (out / key).is_dir() and not (out / key).is_symlink():
-                pending += [f"{key}/"] if name != _SCRATCH else []
+                pending += [] if live and key == _SCRATCH else [f"{key}/"]
             elif key not in known:
                 return [key]
     return []
 
 
 def _contains(folder: AnyPath, inner: AnyPath) -> bool:
-    return f"{inner}/".startswith(f"{folder}/".replace("//", "/"))
+    return f"{str(inner).rstrip('/')}/".startswith(f"{str(folder).rstrip('/')}/")

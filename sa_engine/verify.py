@@ -102,7 +102,7 @@ def verify(out: AnyPath, workers: int | None = None, progress: bool = False) -> 
             bar.update()
     _check_strays(paths, files, len(plan), formats, beside)
     if paths.work is not None:
-        for name in strangers(paths.out, plan.keys()):
+        for name in strangers(paths, plan.keys(), live=is_live(paths)):
             beside.add(name, "is none of this run's images")
     total.merge(beside)
     return Verification(

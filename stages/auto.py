@@ -19,7 +19,6 @@ from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
 from sa_engine.privacy.manual import Boxes, extra_boxes
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
-from sa_engine.storage import location
 
 if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.generator import GeneratedMask
@@ -61,7 +60,6 @@ class AutoStage:
 
     checkpoint: str
     boxes: Boxes = field(default_factory=dict)
-    boxes_sha256: str = ""
     name: str = "auto"
     fingerprint: str | None = None
     detectors: dict[str, str] = field(default_factory=dict)
@@ -76,8 +74,7 @@ class AutoStage:
         if not config.blur:
             return {"model_fingerprint": self._load_sam()}
         self.detectors = _load_redactor(config).identity()
-        boxes = {"boxes": self.boxes_sha256} if self.boxes_sha256 else {}
-        return {"model_fingerprint": self._load_sam(), **self.detectors, **boxes}
+        return {"model_fingerprint": self._load_sam(), **self.detectors}
 
     def _load_sam(self) -> str:
         from sa_engine.modeling.sam import load_sam, model_fingerprint
@@ -233,8 +230,8 @@ def describe(config: AutoConfig, start: runner.Start = runner.RESUME) -> runner.
 
 
 def _stage(config: AutoConfig) -> AutoStage:
-    boxes = extra_boxes(config.extra_boxes if config.blur else None, location(config.images))
-    return AutoStage(_absolute(config.checkpoint), *boxes)
+    boxes = extra_boxes(config, config) if config.blur else {}
+    return AutoStage(_absolute(config.checkpoint), boxes)
 
 
 def _load_redactor(config: AutoConfig) -> "Redactor":

@@ -18,7 +18,6 @@ from sa_engine.images import decode_image, encode_as, read_icc
 from sa_engine.partial import Finished, finished_redaction
 from sa_engine.plan import PlannedImage
 from sa_engine.privacy.manual import Boxes, extra_boxes
-from sa_engine.storage import location
 
 if TYPE_CHECKING:
     from sa_engine.privacy.redactor import Redacted, Redactor
@@ -40,14 +39,13 @@ class BlurStage:
     """The stage as the runner knows it; it travels to the workers with the driver's fingerprints."""
 
     boxes: Boxes = field(default_factory=dict)
-    boxes_sha256: str = ""
     name: str = "blur"
     expected: dict[str, str] | None = None
 
     def identity(self, config: BlurConfig) -> dict[str, str]:
         """Load the detectors, try them, and say which weights they have."""
         self.expected = self._load(config).identity()
-        return {**self.expected, **({"boxes": self.boxes_sha256} if self.boxes_sha256 else {})}
+        return self.expected
 
     def worker_memory(self, config: BlurConfig) -> int:
         """Peak memory of a worker with photos of usual sizes."""
@@ -124,4 +122,4 @@ def describe(config: BlurConfig, start: runner.Start = runner.RESUME) -> runner.
 
 
 def _stage(config: BlurConfig) -> BlurStage:
-    return BlurStage(*extra_boxes(config.extra_boxes, location(config.images)))
+    return BlurStage(extra_boxes(config, config))

@@ -65,19 +65,6 @@ def test_privacy_options_that_make_no_sense_are_refused(sets: list[str], reason:
 
 
 @pytest.mark.parametrize(
-    ("out", "work"),
-    [
-        ("photos/out", "photos/out.run"),
-        ("photos/out/", "photos/out.run"),
-        ("s3://bucket/out?region=x", "s3://bucket/out.run?region=x"),
-    ],
-)
-def test_the_work_folder_lies_beside_the_output(out: str, work: str) -> None:
-    assert BlurConfig(images="photos", out=out).work_folder() == work
-    assert BlurConfig(images="photos", out=out, work="elsewhere").work_folder() == "elsewhere"
-
-
-@pytest.mark.parametrize(
     ("name", "changed"),
     [
         ("preview.yaml", {"points_per_side": 16, "crop_n_layers": 0}),
@@ -212,7 +199,7 @@ def test_identity_covers_what_changes_bytes_and_nothing_else() -> None:
     names = set(identity_values(load()))
     masks = {field.name for field in dataclasses.fields(MaskConfig)}
     run = {"shard_size", "formats", "write_images", "jpeg_quality", "threads_per_worker"}
-    privacy = {field.name for field in dataclasses.fields(PrivacyConfig)} - {"extra_boxes"}
+    privacy = {field.name for field in dataclasses.fields(PrivacyConfig)}
     assert names == masks | run | privacy | {"precision", "compile", "blur"}
     assert {field.name for field in dataclasses.fields(ShardConfig)} >= run
 

@@ -68,7 +68,7 @@ def test_boxes_count_in_the_band_of_their_height(
     assert (total.boxes, total.found, total.covered) == (3, 2, 2)
     assert 0.03 < found.redacted < 0.2
     assert [one["bbox"] for one in found.missed] == [elsewhere]
-    assert "missed: large.png at [400.0, 300.0, 40.0, 40.0], 0% covered" in str(found)
+    assert "missed: large.png at [400.0, 300.0, 40.0, 40.0], 0.0% covered" in str(found)
     assert "66.7%" in str(found)
 
 

@@ -117,8 +117,12 @@ class AnchorNetwork:
         anchors = self._grid(height, width)[chosen]
         offset = offsets[0][chosen].astype(np.float64)
         centre = anchors[:, :2] + offset[:, :2] * self._VARIANCES[0] * anchors[:, 2:]
-        half = anchors[:, 2:] * np.exp(offset[:, 2:] * self._VARIANCES[1]) / 2
-        return Detections(np.hstack([centre - half, centre + half]), scores[chosen])
+        with np.errstate(over="ignore"):  # told below
+            half = anchors[:, 2:] * np.exp(offset[:, 2:] * self._VARIANCES[1]) / 2
+        boxes = np.hstack([centre - half, centre + half])
+        if not np.isfinite(boxes).all():
+            raise DetectorError("the network gave boxes that are not finite")
+        return Detections(boxes, scores[chosen])
 
     def _grid(self, height: int, width: int) -> np.ndarray:
         """Anchors of a picture: (N, 4) centre x, centre y, width, height in pixels."""

@@ -2,7 +2,7 @@
 
 A network finds things of some dozens of pixels best. So the photo is shown to it enlarged, as it is,
 and smaller by halves down to a thumbnail, and a detection counts only in a level where it is small
-enough (`Detector.largest`): larger things are the next level's. Nearly all that a face network finds
+enough (`Detector.largest`): larger things are the next level's, down to the last. Nearly all that a face network finds
 only when shown large is no face (docs/blur.md).
 """
 
@@ -63,14 +63,15 @@ def search(detector: Detector, image: np.ndarray, how: Search) -> Detections:
         boxes, scores = detector.detect(view.picture, least)
         sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
         boxes = boxes / np.tile(view.scale, 2) + np.tile(view.origin, 2)
-        believed = sides <= detector.largest
+        believed = (sides <= detector.largest) | view.last
         found.append(Detections(boxes[believed], scores[believed]))
     everything = Detections(
         np.concatenate([one.boxes for one in found]), np.concatenate([one.scores for one in found])
     )
     chosen = how.accepted(everything)
     boxes = everything.boxes[chosen].clip(0, [width, height, width, height])
-    return enclose(Detections(boxes, everything.scores[chosen]))
+    seen = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # not only beyond the photo's edge
+    return enclose(Detections(boxes[seen], everything.scores[chosen][seen]))
 
 
 def enclose(found: Detections) -> Detections:
@@ -81,10 +82,11 @@ def enclose(found: Detections) -> Detections:
     boxes, scores = found.boxes[order], found.scores[order]
     sizes = boxes[:, 2:] - boxes[:, :2]
     kept = cv2.dnn.NMSBoxes(
-        np.hstack([boxes[:, :2], sizes]).tolist(), scores.tolist(), 0.0, _SAME_IOU
+        np.hstack([boxes[:, :2], sizes]).tolist(), (scores + 1).tolist(), 0.0, _SAME_IOU
     )
     keep = np.asarray(kept, int).reshape(-1)
     together = box_iou(boxes[keep], boxes) >= _SAME_IOU
+    together[np.arange(len(keep)), keep] = True  # a box without area does not even overlap itself
     enclosing = np.stack(
         [np.hstack([boxes[same, :2].min(axis=0), boxes[same, 2:].max(axis=0)]) for same in together]
     )
@@ -108,11 +110,13 @@ class _View(NamedTuple):
         picture: (H, W, 3) uint8 RGB, at most a tile.
         origin: x and y of its left top corner in the photo, pixels.
         scale: pixels of the picture per pixel of the photo, in x and in y.
+        last: nothing smaller follows, so that what is large here is not seen anywhere else.
     """
 
     picture: np.ndarray
     origin: tuple[float, float]
     scale: tuple[float, float]
+    last: bool = False
 
 
 def _views(image: np.ndarray, max_scale: float, overlap: int) -> Iterator[_View]:
@@ -120,18 +124,19 @@ def _views(image: np.ndarray, max_scale: float, overlap: int) -> Iterator[_View]
     height, width = image.shape[:2]
     scale = max_scale
     while True:
+        last = min(height, width) * scale / 2 < _THUMBNAIL
         if scale > 1:  # tiles first: the whole photo enlarged may not fit into memory
             for left, top, tile in _tiles(image, int(_TILE / scale), int(overlap / scale)):
                 picture = _resize(tile, scale)
-                yield _View(picture, (left, top), _ratio(picture, tile))
+                yield _View(picture, (left, top), _ratio(picture, tile), last)
         else:
             level = _resize(image, scale)
             x, y = _ratio(level, image)
             for left, top, tile in _tiles(level, _TILE, overlap):
-                yield _View(tile, (left / x, top / y), (x, y))
-        scale /= 2
-        if min(height, width) * scale < _THUMBNAIL:
+                yield _View(tile, (left / x, top / y), (x, y), last)
+        if last:
             return
+        scale /= 2
 
 
 def _resize(image: np.ndarray, scale: float) -> np.ndarray:

@@ -38,17 +38,18 @@ def grow(box: Sequence[float], kind: str, height: int, width: int) -> Box:
     """Grow a box XYXY and round it outwards to whole pixels, at least 8 a side, inside the picture.
 
     Returns:
-        Left, top, right, bottom; right and bottom are the first pixels outside.
+        Left, top, right, bottom; right and bottom are the first pixels outside. Of a box that lies
+        outside of the picture, nothing: no width or no height.
     """
     growth = GROWTH[kind]
     x0, y0, x1, y1 = box
     x = max(growth.sideways * (x1 - x0), (_LEAST_SIDE - (x1 - x0)) / 2)
     y = max(growth.upright * (y1 - y0), (_LEAST_SIDE - (y1 - y0)) / 2)
     return (
-        max(0, math.floor(x0 - x)),
-        max(0, math.floor(y0 - y)),
-        min(width, math.ceil(x1 + x)),
-        min(height, math.ceil(y1 + y)),
+        min(width, max(0, math.floor(x0 - x))),
+        min(height, max(0, math.floor(y0 - y))),
+        max(0, min(width, math.ceil(x1 + x))),
+        max(0, min(height, math.ceil(y1 + y))),
     )
 
 
@@ -70,13 +71,13 @@ def redact(
         (H, W, 3) uint8.
     """
     result = image.copy()
-    for box in boxes:
-        x0, y0, x1, y1 = box
-        if x1 > x0 and y1 > y0:
-            filling = _filling(result[y0:y1, x0:x1], method)
-            if soft_edge:
-                _fade(result, box, filling, soft_edge)
-            result[y0:y1, x0:x1] = filling
+    boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes if x1 > x0 and y1 > y0]
+    for x0, y0, x1, y1 in boxes:
+        result[y0:y1, x0:x1] = _filling(result[y0:y1, x0:x1], method)
+    if soft_edge:
+        free = ~redacted_area(boxes, *image.shape[:2])
+        for box in boxes:
+            _fade(result, box, free, soft_edge)
     return result
 
 
@@ -94,11 +95,16 @@ def coverage(box: Sequence[float], covered: np.ndarray) -> float:
     A box that is narrower than a pixel counts as the pixels that it touches.
     """
     height, width = covered.shape
-    x0, y0 = max(0, math.floor(box[0] + 0.5)), max(0, math.floor(box[1] + 0.5))
-    x1 = min(width, max(math.floor(box[2] + 0.5), x0 + 1))
-    y1 = min(height, max(math.floor(box[3] + 0.5), y0 + 1))
-    part = covered[y0:y1, x0:x1]
+    part = covered[_pixels(box[1], box[3], height), _pixels(box[0], box[2], width)]
     return float(part.mean()) if part.size else 1.0
+
+
+def _pixels(low: float, high: float, size: int) -> slice:
+    """The pixels of which at least half lies in an interval; if there is none, those that it touches."""
+    first, end = math.floor(low + 0.5), math.floor(high + 0.5)
+    if end <= first:
+        first, end = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
+    return slice(min(max(0, first), size), max(0, min(size, end)))
 
 
 def _filling(pixels: np.ndarray, method: Method) -> np.ndarray:
@@ -113,16 +119,18 @@ def _filling(pixels: np.ndarray, method: Method) -> np.ndarray:
     return cv2.resize(means, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
-def _fade(image: np.ndarray, box: Box, filling: np.ndarray, soft: int) -> None:
-    """Mix a box's edge colours into what lies around it, less with every pixel."""
+def _fade(image: np.ndarray, box: Box, free: np.ndarray, soft: int) -> None:
+    """Mix a box's edge colours into the free pixels around it, less with every pixel."""
     x0, y0, x1, y1 = box
     height, width = image.shape[:2]
     left, top = min(soft, x0), min(soft, y0)
     right, bottom = min(soft, width - x1), min(soft, height - y1)
     around = (slice(y0 - top, y1 + bottom), slice(x0 - left, x1 + right))
-    wide = cv2.copyMakeBorder(filling, top, bottom, left, right, cv2.BORDER_REPLICATE)
+    edge = cv2.BORDER_REPLICATE
+    wide = cv2.copyMakeBorder(image[y0:y1, x0:x1], top, bottom, left, right, edge)
     outside = np.ones(wide.shape[:2], np.uint8)
     outside[top : top + y1 - y0, left : left + x1 - x0] = 0
     distance = cv2.distanceTransform(outside, cv2.DIST_L2, 5)
     weight = (1 - distance / (soft + 1)).clip(0)[..., None]
-    image[around] = (wide * weight + image[around] * (1 - weight) + 0.5).astype(np.uint8)
+    mixed = (wide * weight + image[around] * (1 - weight) + 0.5).astype(np.uint8)
+    image[around][free[around]] = mixed[free[around]]

