@@ -23,7 +23,7 @@ from sa_engine.plan import (
 )
 from sa_engine.reader import read_failures
 from sa_engine.resources import Resources
-from sa_engine.shards import committed_shards
+from sa_engine.shards import read_markers
 from sa_engine.storage import (
     AnyPath,
     RunError,
@@ -146,12 +146,10 @@ def open_run(paths: RunPaths, stage: str, config: RunConfig) -> PlannedRun | Non
     if paths.work is not None and paths.work != work_beside(paths.out):
         before["out"], now["out"] = info.config["out"], str(paths.out)
     check_same(paths, before, now)
-    if paths.work is not None and not paths.out.exists() and committed_shards(paths):
-        raise RunError(
-            f"output {paths.out} is gone, but not the run that made it, {paths.work}: put it back, "
-            "or start over with --overwrite"
-        )
-    return PlannedRun(read_plan(paths.plan), info.identity["shard_size"], info.ignored, info)
+    plan = read_plan(paths.plan)
+    if paths.work is not None and not paths.out.exists():
+        _check_not_gone(paths, plan)
+    return PlannedRun(plan, info.identity["shard_size"], info.ignored, info)
 
 
 def plan_run(paths: RunPaths, config: RunConfig) -> PlannedRun:
@@ -299,6 +297,16 @@ def _look_at(path: AnyPath) -> tuple[int, int]:
         return size_and_mtime_ns(path.stat())
     except OSError:
         return -1, -1
+
+
+def _check_not_gone(paths: RunPaths, plan: Plan) -> None:
+    """Raise RunError if images were released into an output that is not there any more."""
+    released = sum(stats.ok for stats in read_markers(paths, range(len(plan))).values())
+    if released:
+        raise RunError(
+            f"output {paths.out} is gone, with the {released} images that the run in {paths.work} "
+            "has released: put it back, or start over with --overwrite"
+        )
 
 
 def _check_empty(paths: RunPaths) -> None:

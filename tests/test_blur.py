@@ -1242,8 +1242,16 @@ def test_a_run_whose_output_was_removed_does_not_say_that_all_is_well(
     out = tmp_path / "out"
     assert_done(blur(pair, out))
     shutil.rmtree(out)
-    result = blur(pair, out)
-    assert result.exit_code != 0 or set(files(out)) == {"coffee.jpg", "people/astronaut.png"}
+    assert_told(blur(pair, out), 2, f"{out} is gone, with the 2 images", "--overwrite")
+
+
+def test_a_run_that_could_release_nothing_says_so_again(pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for path in (pair / "coffee.jpg", pair / "people" / "astronaut.png"):
+        path.write_bytes(b"no picture")
+    for _ in range(2):
+        assert_told(blur(pair, out), 3, "2 of 2 images failed")
+        assert not out.exists()
 
 
 def test_a_run_is_found_by_a_link_to_its_output(pair: Path, tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ def test_a_box_without_area_does_no_harm(box: list[float]) -> None:
 def test_a_detection_outside_of_the_photo_does_no_harm(small_photo: np.ndarray) -> None:
     """As a network may make one in what it adds at the borders."""
     found = search(told([[-20, 10, -4, 26], [40, 40, 60, 60]], [0.9, 0.8]), small_photo, looking())
-    assert [40, 40, 60, 60] in found.boxes.tolist()
+    assert found.boxes.tolist() == [[40, 40, 60, 60]]
 
 
 def test_a_score_of_zero_counts_where_the_threshold_is_zero(small_photo: np.ndarray) -> None:

@@ -121,9 +121,16 @@ def test_a_grown_box_ends_at_the_borders(kind: str) -> None:
     assert grow((0, 0, 1, 1), kind, 1, 1) == (0, 0, 1, 1)
 
 
-def test_a_box_outside_of_the_picture_covers_nothing() -> None:
-    assert not redacted_area([grow((120, 120, 130, 130), "manual", 100, 100)], 100, 100).any()
-    assert not redacted_area([grow((-30, -30, -20, -20), "face", 100, 100)], 100, 100).any()
+@pytest.mark.parametrize("kind", ["face", "plate", "manual"])
+@pytest.mark.parametrize(
+    "box",
+    [(-50, 40, -20, 60), (40, -50, 60, -20), (130, 40, 150, 60), (40, 130, 60, 150)],
+    ids=["left", "above", "right", "below"],
+)
+def test_a_box_outside_of_the_picture_covers_nothing(kind: str, box: Box) -> None:
+    x0, y0, x1, y1 = grown = grow(box, kind, 100, 100)
+    assert 0 <= x0 <= x1 <= 100 and 0 <= y0 <= y1 <= 100
+    assert not redacted_area([grown], 100, 100).any()
 
 
 # --- redacting ------------------------------------------------------------------------------------
