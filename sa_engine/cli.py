@@ -14,6 +14,7 @@ from sa_engine.config import (
     AutoConfig,
     BlurConfig,
     Config,
+    IngestConfig,
     PrivacyConfig,
     load_config,
     to_yaml,
@@ -98,6 +99,24 @@ def _review(config: BlurConfig, dest: Path) -> None:
     if paths.info.exists():
         for picture in review(paths, dest):
             click.echo(f"to be looked at: {picture}")
+
+
+@main.command()
+@run_flags(IngestConfig)
+@flag(IngestConfig, "annotations", metavar="FILE|DIR")
+@flag(IngestConfig, "format", "--annotation-format", type=click.Choice(["auto", "coco", "sa1b"]))
+@flag(IngestConfig, "source", type=click.Choice(["assisted", "manual"]))
+@flag(IngestConfig, "annotator", metavar="NAME")
+@flag(IngestConfig, "round")
+@flag(IngestConfig, "crowd", type=click.Choice(["auto", "keep", "drop"]))
+@flag(IngestConfig, "allow_unmatched")
+def ingest(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
+    """Take masks that annotators drew into shards.
+
+    This is the paper's assisted-manual stage. Photos are found by the names that the annotations
+    give them; what has no counterpart is listed and refused.
+    """
+    _run_stage("ingest", IngestConfig, file, sets, flags)
 
 
 @main.command("blur-eval")

@@ -23,6 +23,7 @@ __all__ = [
     "BlurConfig",
     "Config",
     "ConfigError",
+    "IngestConfig",
     "MaskConfig",
     "PrivacyConfig",
     "RunConfig",
@@ -292,6 +293,41 @@ class BlurConfig(PrivacyConfig, RunConfig):
     def parts(self) -> tuple[str, ...]:
         """What was redacted: a line of the audit."""
         return ("audit",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig(ShardConfig):
+    """Stage 1, assisted-manual: masks that annotators drew (paper §4)."""
+
+    annotations: str = option(help="File, folder, zip or tar of annotations.")
+    format: Literal["auto", "coco", "sa1b"] = option(
+        "auto", identity=True, help="Of the annotations; auto: as each file's content says."
+    )
+    source: Literal["assisted", "manual"] = option(
+        "assisted", identity=True, help="How masks were drawn: with SAM's help, or without."
+    )
+    annotator: str | None = option(
+        None, identity=True, help="Who drew the masks whose file does not say it."
+    )
+    tool: str | None = option(None, identity=True, help="With what, if the file does not say it.")
+    round: int | None = option(
+        None, bounds=(0, None), identity=True, help="Of the data engine, from 0."
+    )
+    crowd: Literal["auto", "keep", "drop"] = option(
+        "auto", identity=True, help="Crowd masks; auto: kept in files in which every RLE is one."
+    )
+    allow_unmatched: bool = option(
+        False, identity=True, help="Leave out photos without annotations, and the other way round."
+    )
+    max_failed: float = option(
+        0.0, bounds=(0, 1), help="Share of images that may fail before the exit code is 3."
+    )
+
+    def identity_of_files(self) -> dict[str, Any]:
+        """The annotations: other ones are another run."""
+        from sa_engine.formats.files import hash_annotations
+
+        return {"annotations": f"sha256 {hash_annotations(Path(self.annotations))}"}
 
 
 @dataclass(frozen=True, kw_only=True)

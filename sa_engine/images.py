@@ -192,6 +192,21 @@ def read_icc(data: bytes) -> bytes | None:
         return profile if profile and profile[16:20] == b"RGB " else None
 
 
+def read_orientation(data: bytes) -> int:
+    """EXIF orientation, 1 to 8, of an image file that `decode_image` reads; it is applied there."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        image.load()  # a PNG may have its EXIF at its end
+        return _orientation(image)
+
+
+def upright_mask(mask: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn a (H, W) bool mask of an image as it is stored, as `decode_image` turns the image."""
+    method = _UPRIGHT.get(orientation)
+    if method is None:
+        return mask
+    return np.asarray(Image.fromarray(mask.astype(np.uint8)).transpose(method)).astype(bool)
+
+
 def _check_one_picture(image: Image.Image) -> None:
     """Raise BadImage for too many pixels or more than one frame; decodes nothing."""
     if image.width * image.height > PIXEL_LIMIT:

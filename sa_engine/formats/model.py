@@ -1,0 +1,139 @@
+"""What every annotation format is read into: images by their names, each with masks as they were drawn.
+
+Nothing is rasterised here. A shape keeps the form in which the tool wrote it, because who turns polygons into
+pixels decides the pixels: `raster.py` does it as each tool's own code does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sa_engine.errors import SaEngineError
+
+
+class FormatError(SaEngineError):
+    """Annotations that cannot be read: the message names the file, and where in it."""
+
+
+@dataclass(frozen=True)
+class Polygons:
+    """Outlines whose union is the mask; a polygon is no hole in another.
+
+    Attributes:
+        rings: each x0, y0, x1, y1, ... in pixels of the image, at least three corners.
+    """
+
+    rings: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """COCO's run lengths, column-major, background first.
+
+    Attributes:
+        height, width: of the mask they describe.
+        counts: run lengths, or COCO's compressed text.
+    """
+
+    height: int
+    width: int
+    counts: Sequence[int] | str
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A rectangle of pixels.
+
+    Attributes:
+        left, top: where its first pixel lies in the image.
+        pixels: (h, w) bool.
+    """
+
+    left: int
+    top: int
+    pixels: np.ndarray
+
+
+Shape = Polygons | Runs | Patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """A mask as an annotator left it; None where the format does not say.
+
+    Attributes:
+        shapes: whose union it is.
+        original_id: in its file.
+        annotator: who drew it.
+        time_s: annotation time in seconds.
+        time_scope: what `time_s` covers: "mask" or "image".
+        z_order: drawing order, higher is in front.
+        crowd: whether it says that it covers several things.
+        predicted_iou, stability_score, point_coords, crop_box: SA-1B's, if a model made it.
+    """
+
+    shapes: tuple[Shape, ...]
+    original_id: str | None = None
+    annotator: str | None = None
+    time_s: float | None = None
+    time_scope: str | None = None
+    z_order: int | None = None
+    crowd: bool = False
+    predicted_iou: float | None = None
+    stability_score: float | None = None
+    point_coords: list[list[float]] | None = None
+    crop_box: list[float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatedImage:
+    """An image and its masks.
+
+    Attributes:
+        name: of the image as the format has it, with folders if it has them.
+        width, height: as the format says; None if it does not.
+        annotations: in its order.
+        source: the file that says so, for messages.
+    """
+
+    name: str
+    width: int | None
+    height: int | None
+    annotations: tuple[Annotation, ...]
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """The content of an annotation file.
+
+    Attributes:
+        format: its name.
+        tool: that wrote it, if it says so.
+        images: with their masks.
+        left_out: what is no mask, by reason: how often.
+    """
+
+    format: str
+    tool: str | None
+    images: tuple[AnnotatedImage, ...]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def number(value: Any, what: str, low: float | None = None) -> float:
+    """A finite number, not below `low`. Raises FormatError that says what was found instead."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        raise FormatError(f"{what} is {str(value)[:60]!r}: expected a finite number")
+    if low is not None and value < low:
+        raise FormatError(f"{what} is {value}: expected at least {low:g}")
+    return float(value)
+
+
+def whole(value: Any, what: str, low: int = 0) -> int:
+    """A whole number, not below `low`. Raises FormatError that says what was found instead."""
+    found = number(value, what, low)
+    if found != int(found):
+        raise FormatError(f"{what} is {value}: expected a whole number")
+    return int(found)

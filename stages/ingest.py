@@ -1,0 +1,222 @@
+"""Assisted-manual stage (paper §4, stage 1): masks that annotators drew, in the tool of their choice, into shards.
+
+What a tool wrote is read by ``sa_engine/formats``; each annotated image finds its photo by name, and its masks become
+pixels of the upright photo, as they are: overlaps and holes stay, nothing is clipped, only exact doubles go.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sa_engine import rle, runner
+from sa_engine.config import IngestConfig
+from sa_engine.formats.files import read_annotations
+from sa_engine.formats.matching import match_images
+from sa_engine.formats.model import AnnotatedImage, Annotation, FormatError, Parsed, Runs
+from sa_engine.formats.raster import rasterize
+from sa_engine.images import decode_image, encode_jpeg, read_orientation, upright_mask
+from sa_engine.partial import Finished, finished_record
+from sa_engine.plan import PlannedImage
+from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
+from sa_engine.rle import RLE
+from sa_engine.run_dir import planned_keys
+
+_MEMORY = 1_500_000_000
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+class Decoded(NamedTuple):
+    """A photo, and how it is stored."""
+
+    image: np.ndarray  # (H, W, 3) uint8 RGB, upright
+    orientation: int  # EXIF's, 1 to 8
+    sha256: str  # of the file
+
+
+class Drawn(NamedTuple):
+    """A photo with its masks."""
+
+    photo: Decoded
+    masks: list[tuple[Annotation, RLE]]
+    counts: dict[str, int]
+
+
+@dataclass
+class IngestStage:
+    """The stage as the runner knows it; every worker reads the annotations itself."""
+
+    name: str = "ingest"
+    parsed: "dict[str, tuple[AnnotatedImage, Parsed]] | None" = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the annotations behind: they may be larger than what should travel."""
+        return {**vars(self), "parsed": None}
+
+    def identity(self, config: IngestConfig) -> dict[str, str]:
+        """Read the annotations and find the photo of each image, so that a mistake is told before any work."""
+        self.parsed = matched(config)
+        return {}
+
+    def worker_memory(self, config: IngestConfig) -> int:
+        """Peak memory of a worker, beside what the annotations take."""
+        return _MEMORY
+
+    def make_worker(self, config: IngestConfig) -> "IngestWorker":
+        """Read the annotations in this process."""
+        return IngestWorker(self.parsed if self.parsed is not None else matched(config), config)
+
+
+class IngestWorker:
+    """One annotated photo at a time, in the runner's three overlapping steps."""
+
+    def __init__(
+        self, matched: "dict[str, tuple[AnnotatedImage, Parsed]]", config: IngestConfig
+    ) -> None:
+        self.matched = matched
+        self.config = config
+
+    def prepare(self, item: PlannedImage, data: bytes) -> Decoded:
+        """Decode a photo, upright."""
+        if item.key not in self.matched:
+            raise runner.SkipImage("no annotations name it (--allow-unmatched)")
+        image = decode_image(data)
+        return Decoded(image, read_orientation(data), hashlib.sha256(data).hexdigest())
+
+    def process(self, item: PlannedImage, prepared: Decoded) -> Drawn:
+        """Make pixels of all masks; leave out exact doubles, and crowds if they are not wanted."""
+        annotated, _ = self.matched[item.key]
+        counts: Counter[str] = Counter()
+        masks: list[tuple[Annotation, RLE]] = []
+        seen: set[str] = set()
+        keep_crowds = self._keeps_crowds(item.key)
+        for index, annotation in enumerate(annotated.annotations):
+            where = f"{annotated.source}: mask {annotation.original_id or f'number {index}'}"
+            if annotation.crowd and not keep_crowds:
+                counts["crowds left out"] += 1
+                continue
+            try:
+                mask = upright(annotation, annotated, prepared)
+            except FormatError as error:
+                raise FormatError(f"{where}: {error}") from None
+            if rle.area(mask) == 0:
+                raise FormatError(f"{where} is empty: it has no pixel")
+            if mask["counts"] in seen:
+                counts["doubles left out"] += 1
+                continue
+            seen.add(mask["counts"])
+            masks.append((annotation, mask))
+        return Drawn(prepared, masks, dict(counts))
+
+    def finish(self, item: PlannedImage, result: Drawn) -> Finished:
+        """Make the record and the released JPEG."""
+        height, width = result.photo.image.shape[:2]
+        record = ImageRecord(
+            image_id=item.image_id,
+            width=width,
+            height=height,
+            file_name=image_name(item.image_id),
+            source_path=item.key,
+            sha256=result.photo.sha256,
+            masks=tuple(
+                self._record(item, index, annotation, mask)
+                for index, (annotation, mask) in enumerate(result.masks)
+            ),
+        )
+        jpeg = None
+        if self.config.write_images:
+            jpeg = encode_jpeg(result.photo.image, self.config.jpeg_quality)
+        finished = finished_record(record, jpeg)
+        return replace(finished, counts={**finished.counts, **result.counts})
+
+    def _record(
+        self, item: PlannedImage, index: int, annotation: Annotation, mask: RLE
+    ) -> MaskRecord:
+        extent = rle.extent(rle.runs(mask), mask["size"][0])
+        assert extent is not None, "the mask is not empty"
+        xmin, ymin, xmax, ymax = map(float, extent)
+        _, parsed = self.matched[item.key]
+        return MaskRecord(
+            id=mask_id(item.image_id, index),
+            segmentation=mask,
+            area=rle.area(mask),
+            bbox=[xmin, ymin, xmax - xmin, ymax - ymin],
+            predicted_iou=annotation.predicted_iou,
+            stability_score=annotation.stability_score,
+            point_coords=annotation.point_coords,
+            crop_box=annotation.crop_box,
+            source=self.config.source,
+            annotator=annotation.annotator or self.config.annotator,
+            tool=parsed.tool or self.config.tool,
+            time_s=annotation.time_s,
+            time_scope=annotation.time_scope,
+            round=self.config.round,
+            z_order=annotation.z_order,
+            original_id=annotation.original_id,
+        )
+
+    def _keeps_crowds(self, key: str) -> bool:
+        if self.config.crowd != "auto":
+            return self.config.crowd == "keep"
+        _, parsed = self.matched[key]
+        # CVAT says it of every mask that was drawn with a brush.
+        rles = [one for image in parsed.images for one in image.annotations if _is_rle(one)]
+        return bool(rles) and all(one.crowd for one in rles)
+
+
+def _is_rle(annotation: Annotation) -> bool:
+    return any(isinstance(shape, Runs) for shape in annotation.shapes)
+
+
+def upright(annotation: Annotation, annotated: AnnotatedImage, photo: Decoded) -> RLE:
+    """A mask in pixels of the upright photo.
+
+    If the annotations have the photo's sides swapped, and the photo is stored turned, they are of the photo as it is
+    stored, and are turned with it.
+
+    Raises:
+        FormatError: the annotations are of an image of another size; with both.
+    """
+    height, width = photo.image.shape[:2]
+    said = (annotated.height or height, annotated.width or width)
+    if said == (height, width):
+        return rasterize(annotation.shapes, height, width)
+    if said == (width, height) and photo.orientation in _SIDEWAYS:
+        stored = rle.decode(rasterize(annotation.shapes, *said))
+        return rle.encode(upright_mask(stored, photo.orientation))
+    raise FormatError(
+        f"the annotations are of an image of {said[1]} x {said[0]} pixels, the photo has {width} x {height} "
+        f"(EXIF orientation {photo.orientation}): annotate this photo, or give the one that was annotated"
+    )
+
+
+def matched(config: IngestConfig) -> dict[str, tuple[AnnotatedImage, Parsed]]:
+    """Every annotated photo's annotations, and the file they are of, by the photo's key.
+
+    Raises FormatError: annotations that cannot be read, or that match no photo.
+    """
+    name = None if config.format == "auto" else config.format
+    parsed = read_annotations(Path(config.annotations), name)
+    images = [image for one in parsed for image in one.images]
+    of = {id(image): one for one in parsed for image in one.images}
+    found = match_images(images, planned_keys(config), config.allow_unmatched)
+    return {key: (image, of[id(image)]) for key, image in found.items()}
+
+
+def run(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.Report:
+    """Take the masks of ``config.annotations`` into shards under ``config.out``.
+
+    Raises:
+        SaEngineError: bad annotations, another run's folder, or too many failures: by default, one.
+    """
+    stage = IngestStage()
+    return runner.run(stage, config, lambda: stage.identity(config), start)
+
+
+def describe(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.PlanSummary:
+    """What :func:`run` would do, without doing or writing anything; the annotations are read too."""
+    matched(config)
+    return runner.describe(IngestStage(), config, start)
