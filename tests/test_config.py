@@ -11,6 +11,7 @@ from sa_engine.config import (
     AutoConfig,
     BlurConfig,
     ConfigError,
+    IngestConfig,
     MaskConfig,
     PrivacyConfig,
     ShardConfig,
@@ -46,6 +47,12 @@ def test_blur_yaml_lists_every_option() -> None:
     shared = {field.name for field in dataclasses.fields(PrivacyConfig)}
     auto = listed("auto.yaml")
     assert {k: v for k, v in defaults.items() if k in shared} == {k: auto[k] for k in shared}
+
+
+def test_ingest_yaml_lists_every_option() -> None:
+    paths = {**PATHS, "annotations": "export.json"}
+    defaults = to_dict(IngestConfig(**paths))
+    assert listed("ingest.yaml") == {k: v for k, v in defaults.items() if k not in paths}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -109,7 +110,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
             yield from _members_of_tar(path)
         else:
             yield str(path), path.read_bytes()
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as error:
         raise FormatError(f"{path}: a damaged archive: {error}") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from None
