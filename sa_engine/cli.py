@@ -11,6 +11,7 @@ import click
 
 from sa_engine import __version__
 from sa_engine.config import (
+    ANNOTATION_FORMATS,
     AutoConfig,
     BlurConfig,
     Config,
@@ -104,7 +105,9 @@ def _review(config: BlurConfig, dest: Path) -> None:
 @main.command()
 @run_flags(IngestConfig)
 @flag(IngestConfig, "annotations", metavar="FILE|DIR")
-@flag(IngestConfig, "format", "--annotation-format", type=click.Choice(["auto", "coco", "sa1b"]))
+@flag(
+    IngestConfig, "format", "--annotation-format", type=click.Choice(["auto", *ANNOTATION_FORMATS])
+)
 @flag(IngestConfig, "source", type=click.Choice(["assisted", "manual"]))
 @flag(IngestConfig, "annotator", metavar="NAME")
 @flag(IngestConfig, "round")

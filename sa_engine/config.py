@@ -295,13 +295,18 @@ class BlurConfig(PrivacyConfig, RunConfig):
         return ("audit",)
 
 
+ANNOTATION_FORMATS = ("coco", "sa1b", "cvat", "label-studio", "labelme", "isat", "png")
+
+
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig(ShardConfig):
     """Stage 1, assisted-manual: masks that annotators drew (paper §4)."""
 
     annotations: str = option(help="File, folder, zip or tar of annotations.")
-    format: Literal["auto", "coco", "sa1b"] = option(
-        "auto", identity=True, help="Of the annotations; auto: as each file's content says."
+    format: str = option(
+        "auto",
+        identity=True,
+        help=f"Of the annotations: {', '.join(ANNOTATION_FORMATS)}; auto: as each file says.",
     )
     source: Literal["assisted", "manual"] = option(
         "assisted", identity=True, help="How masks were drawn: with SAM's help, or without."
@@ -323,11 +328,20 @@ class IngestConfig(ShardConfig):
         0.0, bounds=(0, 1), help="Share of images that may fail before the exit code is 3."
     )
 
+    def __post_init__(self) -> None:
+        """Also check the format's name."""
+        super().__post_init__()
+        if self.format not in ("auto", *ANNOTATION_FORMATS):
+            raise ConfigError(
+                f"format = {self.format}: expected auto or one of {', '.join(ANNOTATION_FORMATS)}"
+            )
+
     def identity_of_files(self) -> dict[str, Any]:
         """The annotations: other ones are another run."""
         from sa_engine.formats.files import hash_annotations
 
-        return {"annotations": f"sha256 {hash_annotations(Path(self.annotations))}"}
+        name = None if self.format == "auto" else self.format
+        return {"annotations": f"sha256 {hash_annotations(Path(self.annotations), name)}"}
 
 
 @dataclass(frozen=True, kw_only=True)

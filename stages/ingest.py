@@ -61,6 +61,14 @@ class IngestStage:
         self.parsed = matched(config)
         return {}
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """What the annotations hold that is no mask, by reason; empty if they were not read."""
+        total: Counter[str] = Counter()
+        for parsed in {id(one): one for _, one in (self.parsed or {}).values()}.values():
+            total.update(parsed.left_out)
+        return dict(total)
+
     def worker_memory(self, config: IngestConfig) -> int:
         """Peak memory of a worker, beside what the annotations take."""
         return _MEMORY
@@ -213,10 +221,13 @@ def run(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.Rep
         SaEngineError: bad annotations, another run's folder, or too many failures: by default, one.
     """
     stage = IngestStage()
-    return runner.run(stage, config, lambda: stage.identity(config), start)
+    report = runner.run(stage, config, lambda: stage.identity(config), start)
+    return replace(report, ignored={**report.ignored, **stage.left_out})
 
 
 def describe(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.PlanSummary:
     """What :func:`run` would do, without doing or writing anything; the annotations are read too."""
-    matched(config)
-    return runner.describe(IngestStage(), config, start)
+    stage = IngestStage()
+    stage.identity(config)
+    summary = runner.describe(stage, config, start)
+    return replace(summary, ignored={**summary.ignored, **stage.left_out})

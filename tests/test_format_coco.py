@@ -12,10 +12,18 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from sa_engine import rle
+from sa_engine.config import ANNOTATION_FORMATS
 from sa_engine.formats import coco, sa1b
-from sa_engine.formats.files import hash_annotations, read_annotations
-from sa_engine.formats.model import FormatError
-from sa_engine.formats.raster import rasterize
+from sa_engine.formats.files import FORMATS, hash_annotations, read_annotations
+from sa_engine.formats.model import (
+    AnnotatedImage,
+    Annotation,
+    FormatError,
+    Parsed,
+    Patch,
+    Runs,
+)
+from sa_engine.formats.raster import compact, rasterize
 
 HEIGHT, WIDTH = 12, 17
 
@@ -150,6 +158,7 @@ def changed(path: str, value: Any) -> Any:
         (changed("annotations.0.segmentation", [[[1, 1], [5, 1], [5, 5]]]), "three points"),
         (changed("annotations.0.segmentation", [[1, 1, 5, 1, 5, float("nan")]]), "'nan'"),
         (changed("annotations.0.segmentation", [[1, 1, 5, 1, 5, "5"]]), "coordinate is '5'"),
+        (changed("annotations.0.segmentation", [[1, 1, 5, 1, 5, 10**400]]), "a finite number"),
         (changed("annotations.0.segmentation.size", [WIDTH, HEIGHT]), "its RLE is 12 x 17"),
         (changed("annotations.0.segmentation.size", None), "size None"),
         (changed("annotations.0.segmentation.size", [12.5, 17]), "expected a whole number"),
@@ -222,6 +231,39 @@ def test_files_that_are_no_annotations_are_told(
         read_annotations(file)
     assert str(told.value).startswith(str(file))
     assert reason in str(told.value)
+
+
+def test_coco_exports_of_label_studio_are_taken_only_when_named(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    info = {"info": {"description": "", "contributor": "Label Studio"}}
+    file.write_text(json.dumps({**GOOD, **info}))
+    with pytest.raises(FormatError, match="lost holes"):
+        read_annotations(file)
+    assert read_annotations(file, "coco")[0].tool == "label studio"
+
+
+def test_rectangles_of_pixels_are_kept_as_run_lengths() -> None:
+    mask = masks()["hole"]
+    inside, beyond = Patch(3, 2, mask[2:9, 3:12]), Patch(10, 2, mask[2:9, 3:12])
+    image = AnnotatedImage(
+        name="x",
+        width=WIDTH,
+        height=HEIGHT,
+        annotations=(Annotation(shapes=(inside,)), Annotation(shapes=(beyond,))),
+        source="x",
+    )
+    parsed = compact(Parsed(format="png", tool=None, images=(image,)))
+    first, second = parsed.images[0].annotations
+    assert isinstance(first.shapes[0], Runs)
+    assert np.array_equal(rle.decode(rasterize(first.shapes, HEIGHT, WIDTH)), mask)
+    assert second.shapes == (beyond,)
+    with pytest.raises(FormatError, match="beyond its image"):
+        rasterize(second.shapes, HEIGHT, WIDTH)
+
+
+def test_every_format_can_be_named() -> None:
+    assert sorted(FORMATS) == sorted(ANNOTATION_FORMATS)
+    assert [module.NAME for module in FORMATS.values()] == list(FORMATS)
 
 
 def test_paths_without_annotations_are_told(tmp_path: Path) -> None:

@@ -187,6 +187,22 @@ def test_a_resume_with_other_annotations_is_refused(images: Path) -> None:
     assert "annotations was 'sha256" in other.stderr
 
 
+def test_what_is_no_mask_is_counted(images: Path) -> None:
+    content = annotations()
+    content["annotations"].append({"id": 300, "image_id": 0, "bbox": [1, 2, 3, 4]})
+    assert "left out: 1 boxes without a mask" in ingest(images, content, "--dry-run").output
+    assert "left out: 1 boxes without a mask" in ingest(images, content).output
+
+
+@pytest.mark.parametrize("x", [-1.5, WIDTH + 2, 1e12])
+def test_a_polygon_beyond_its_image_is_told(images: Path, x: float) -> None:
+    content = annotations()
+    content["annotations"][0]["segmentation"] = [[1, 1, x, 1, 5, 5]]
+    assert ingest(images, content).exit_code == 3
+    told = CliRunner().invoke(main, ["errors", "--list", str(images.parent / "out")]).output
+    assert f"mask 100: a polygon reaches from x = {min(1, x):g} to {max(5, x):g}, beyond" in told
+
+
 def test_a_dry_run_reads_the_annotations_and_writes_nothing(images: Path) -> None:
     told = ingest(images, annotations(), "--dry-run")
     assert told.exit_code == 0

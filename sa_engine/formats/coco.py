@@ -63,7 +63,7 @@ def read(content: Any, source: str) -> Parsed:
         annotations[image_id].append(_annotation(entry, images[image_id], where))
     return Parsed(
         format=NAME,
-        tool=_tool(content),
+        tool=tool_of(content),
         images=tuple(
             AnnotatedImage(
                 name=image["file_name"],
@@ -162,7 +162,7 @@ def _sa1b(entry: dict[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def _tool(content: dict[str, Any]) -> str | None:
+def tool_of(content: dict[str, Any]) -> str | None:
     """The tool that wrote the file, as far as it says so."""
     info = content.get("info") if isinstance(content.get("info"), dict) else {}
     text = json.dumps([info, content.get("licenses")]).lower()

@@ -10,10 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sa_engine.formats import coco, sa1b
+from sa_engine.formats import coco, cvat, instance_png, isat, label_studio, labelme, sa1b
 from sa_engine.formats.model import FormatError, Parsed
+from sa_engine.formats.raster import compact
 
-FORMATS: dict[str, ModuleType] = {module.NAME: module for module in (coco, sa1b)}
+FORMATS: dict[str, ModuleType] = {
+    module.NAME: module for module in (coco, sa1b, cvat, label_studio, labelme, isat, instance_png)
+}
 _SUFFIXES = (".json", ".xml")
 # More than any export of a text format; an archive that says so is a bomb.
 _LARGEST = 4_000_000_000
@@ -29,18 +32,18 @@ def read_annotations(path: Path, name: str | None = None) -> list[Parsed]:
     Raises:
         FormatError: nothing there, a file that is damaged, or of no format that is known.
     """
-    parsed = [_parse(source, data, name) for source, data in _files(path)]
+    parsed = [_parse(source, data, name) for source, data in _files(path, _suffixes(name))]
     if not parsed:
         raise FormatError(
-            f"{path}: no annotations there: expected files that end with {', '.join(_SUFFIXES)}"
+            f"{path}: no annotations there: expected files that end with {', '.join(_suffixes(name))}"
         )
     return parsed
 
 
-def hash_annotations(path: Path) -> str:
-    """Sha256 (hex) of all annotation files of a path: their names and contents."""
+def hash_annotations(path: Path, name: str | None = None) -> str:
+    """Sha256 (hex) of all annotation files of a path: their names and contents; `name` as in `read_annotations`."""
     digest = hashlib.sha256()
-    for source, data in _files(path):
+    for source, data in _files(path, _suffixes(name)):
         digest.update(
             f"{source.removeprefix(str(path))}\0{len(data)}\0".encode("utf-8", "surrogateescape")
         )
@@ -48,12 +51,17 @@ def hash_annotations(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _suffixes(name: str | None) -> tuple[str, ...]:
+    """How files of a format end. Pictures are read only if their format is named: photos lie beside annotations."""
+    return (instance_png.SUFFIX,) if name == instance_png.NAME else _SUFFIXES
+
+
 def _parse(source: str, data: bytes, name: str | None) -> Parsed:
     suffix = Path(source).suffix.lower()
-    content = _LOADERS[suffix](data, source) if suffix in _LOADERS else data
+    content: Any = _LOADERS[suffix](data, source) if suffix in _LOADERS else data
     if name:
-        return FORMATS[name].read(content, source)
-    known = [one for one in FORMATS.values() if one.SUFFIX == suffix and one.is_this(content)]
+        return compact(FORMATS[name].read(content, source))
+    known = [one for one in FORMATS.values() if suffix == one.SUFFIX and one.is_this(content)]
     if not known:
         keys = (
             f"keys {', '.join(map(str, list(content)[:8]))}"
@@ -63,7 +71,12 @@ def _parse(source: str, data: bytes, name: str | None) -> Parsed:
         raise FormatError(
             f"{source}: of no format that is known ({keys}): expected one of {', '.join(FORMATS)}"
         )
-    return known[0].read(content, source)
+    if known[0] is coco and coco.tool_of(content) == label_studio.TOOL:
+        raise FormatError(
+            f"{source}: a COCO export of Label Studio, which has lost holes and split masks of several parts: "
+            "export its JSON, or take this as it is with --annotation-format coco"
+        )
+    return compact(known[0].read(content, source))
 
 
 def _load_json(data: bytes, source: str) -> Any:
@@ -97,38 +110,44 @@ def _load_xml(data: bytes, source: str) -> Any:
 _LOADERS = {".json": _load_json, ".xml": _load_xml}
 
 
-def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+def _files(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
     """Name and content of every annotation file of a path."""
     try:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
-                if file.suffix.lower() in _SUFFIXES and file.is_file():
+                if file.suffix.lower() in suffixes and file.is_file():
                     yield str(file), file.read_bytes()
         elif zipfile.is_zipfile(path):
-            yield from _members_of_zip(path)
-        elif path.is_file() and path.suffix.lower() not in _SUFFIXES and tarfile.is_tarfile(path):
-            yield from _members_of_tar(path)
+            yield from _members_of_zip(path, suffixes)
+        elif path.is_file() and path.suffix.lower() not in suffixes and tarfile.is_tarfile(path):
+            yield from _members_of_tar(path, suffixes)
         else:
             yield str(path), path.read_bytes()
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+    ) as error:
         raise FormatError(f"{path}: a damaged archive: {error}") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _members_of_zip(path: Path) -> Iterator[tuple[str, bytes]]:
+def _members_of_zip(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(path) as archive:
         for member in sorted(archive.infolist(), key=lambda one: one.filename):
-            if member.filename.lower().endswith(_SUFFIXES):
+            if member.filename.lower().endswith(suffixes):
                 _check_size(f"{path}/{member.filename}", member.file_size)
                 yield f"{path}/{member.filename}", archive.read(member)
 
 
-def _members_of_tar(path: Path) -> Iterator[tuple[str, bytes]]:
+def _members_of_tar(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(path) as archive:
         for member in sorted(archive.getmembers(), key=lambda one: one.name):
             file = archive.extractfile(member) if member.isreg() else None
-            if file is not None and member.name.lower().endswith(_SUFFIXES):
+            if file is not None and member.name.lower().endswith(suffixes):
                 _check_size(f"{path}/{member.name}", member.size)
                 yield f"{path}/{member.name}", file.read()
 

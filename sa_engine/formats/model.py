@@ -12,6 +12,8 @@ import numpy as np
 
 from sa_engine.errors import SaEngineError
 
+_LARGEST = 1e300
+
 
 class FormatError(SaEngineError):
     """Annotations that cannot be read: the message names the file, and where in it."""
@@ -124,7 +126,12 @@ class Parsed:
 
 def number(value: Any, what: str, low: float | None = None) -> float:
     """A finite number, not below `low`. Raises FormatError that says what was found instead."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    # A whole number of JSON may be too large for a float.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not -_LARGEST <= value <= _LARGEST
+    ):
         raise FormatError(f"{what} is {str(value)[:60]!r}: expected a finite number")
     if low is not None and value < low:
         raise FormatError(f"{what} is {value}: expected at least {low:g}")
