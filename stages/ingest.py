@@ -86,6 +86,10 @@ class IngestWorker:
     ) -> None:
         self.matched = matched
         self.config = config
+        files = {id(parsed): parsed for _, parsed in matched.values()}
+        self.crowds_kept = {
+            number: keeps_crowds(parsed, config.crowd) for number, parsed in files.items()
+        }
 
     def prepare(self, item: PlannedImage, data: bytes) -> Decoded:
         """Decode a photo, upright."""
@@ -96,11 +100,11 @@ class IngestWorker:
 
     def process(self, item: PlannedImage, prepared: Decoded) -> Drawn:
         """Make pixels of all masks; leave out exact doubles, and crowds if they are not wanted."""
-        annotated, _ = self.matched[item.key]
+        annotated, parsed = self.matched[item.key]
         counts: Counter[str] = Counter()
         masks: list[tuple[Annotation, RLE]] = []
         seen: set[str] = set()
-        keep_crowds = self._keeps_crowds(item.key)
+        keep_crowds = self.crowds_kept[id(parsed)]
         for index, annotation in enumerate(annotated.annotations):
             where = f"{annotated.source}: mask {annotation.original_id or f'number {index}'}"
             if annotation.crowd and not keep_crowds:
@@ -166,13 +170,16 @@ class IngestWorker:
             original_id=annotation.original_id,
         )
 
-    def _keeps_crowds(self, key: str) -> bool:
-        if self.config.crowd != "auto":
-            return self.config.crowd == "keep"
-        _, parsed = self.matched[key]
-        # CVAT says it of every mask that was drawn with a brush.
-        rles = [one for image in parsed.images for one in image.annotations if _is_rle(one)]
-        return bool(rles) and all(one.crowd for one in rles)
+
+def keeps_crowds(parsed: Parsed, crowd: str) -> bool:
+    """Whether the crowds of a file are masks like others; if it is left open, as its RLEs say.
+
+    CVAT calls every mask a crowd that was drawn with a brush; so where all of them are, they are none.
+    """
+    if crowd != "auto":
+        return crowd == "keep"
+    rles = [one for image in parsed.images for one in image.annotations if _is_rle(one)]
+    return bool(rles) and all(one.crowd for one in rles)
 
 
 def _is_rle(annotation: Annotation) -> bool:
