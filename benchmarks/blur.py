@@ -1,12 +1,14 @@
 """How fast `sa-engine blur` is on one core, and where its time goes.
 
-    python benchmarks/blur.py photo.jpg ...      # each scaled to 1500 x 2250; a minute a photo
+    python benchmarks/blur.py photo.jpg ...                 # each scaled to 2250x1500: half a minute
+    python benchmarks/blur.py --size 6000x4000 photo.jpg    # at another size, for its memory
 
 The photos go through the stage's own steps, one after another, with one thread: decode, detect, redact,
 encode, and the detection in what was encoded.
 """
 
-import sys
+import argparse
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import cv2
+import numpy as np
 
 from sa_engine.config import BlurConfig
 from sa_engine.images import decode_image, encode_jpeg, resize_image
@@ -24,7 +27,6 @@ from sa_engine.privacy import pyramid, redactor
 from sa_engine.privacy.detectors import AnchorNetwork
 from stages import blur
 
-SIZE = (1500, 2250)  # height and width of a released image
 # Name in the table, where the function is, and its name; an inner part is taken off the outer one.
 PARTS: tuple[tuple[str, Any, str], ...] = (
     ("detection: networks", AnchorNetwork, "detect"),
@@ -64,8 +66,14 @@ class Stopwatch:
 
 
 def main() -> None:
-    photos = [decode_image(Path(name).read_bytes()) for name in sys.argv[1:]]
-    files = [encode_jpeg(resize_image(photo, *SIZE), 95) for photo in photos]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("photos", nargs="+", type=Path)
+    parser.add_argument("--size", default="2250x1500", help="width x height")
+    given = parser.parse_args()
+    width, height = map(int, given.size.split("x"))
+    files = []
+    for path in given.photos:  # one after another: memory is measured
+        files.append(encode_jpeg(resize_image(decode_image(path.read_bytes()), height, width), 95))
     cv2.setNumThreads(1)
     config = BlurConfig(images="-", out="-", threads_per_worker=1)
     start = time.perf_counter()
@@ -83,15 +91,17 @@ def main() -> None:
             regions += len(redacted.regions)
     seconds = time.perf_counter() - start
     print(
-        f"{len(files)} photos of {SIZE[1]}x{SIZE[0]}, {regions} regions, {passes} looks at them: "
+        f"{len(files)} photos of {width}x{height}, {regions} regions, {passes} looks at them: "
         f"{len(files) / seconds:.3f} images a second on one core"
     )
     for part, _, _ in PARTS:
         print(f"{watch.seconds[part] / seconds:7.1%}  {part}")
     print(f"{1 - sum(watch.seconds.values()) / seconds:7.1%}  else")
-    views = list(pyramid._views(resize_image(photos[0], *SIZE), config.detect_scale, 80))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
+    print(f"peak memory {peak:.2f} GB")
+    views = pyramid._views(np.zeros((height, width, 3), np.uint8), config.detect_scale, 80)
     shown = sum(view.picture.shape[0] * view.picture.shape[1] for view in views)
-    print(f"a face detector is shown {shown / 1e6:.1f} megapixels of {SIZE[0] * SIZE[1] / 1e6:.1f}")
+    print(f"a face detector is shown {shown / 1e6:.1f} megapixels of {height * width / 1e6:.1f}")
 
 
 if __name__ == "__main__":

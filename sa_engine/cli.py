@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sa_engine.config import (
     load_config,
     to_yaml,
 )
-from sa_engine.errors import SaEngineError
+from sa_engine.errors import SaEngineError, TooManyFailures
 from sa_engine.flags import STARTS, flag, given_options, privacy_flags, run_flags
 from sa_engine.modeling.zoo import MODELS
 from sa_engine.privacy.weights import PLATE_WEIGHTS
@@ -83,23 +84,28 @@ def blur(file: Path | None, sets: tuple[str, ...], review_dir: Path | None, **fl
     The output has the same names and folders, without any metadata. A photo that anything goes wrong
     with is not written, and the exit code is 3. Run it again with the same options to resume it.
     """
-    dry_run = flags["dry_run"]
-    try:
-        _run_stage("blur", BlurConfig, file, sets, dict(flags))
-    finally:
-        # Also after failures: what is released should be looked at all the more.
-        if review_dir is not None and not dry_run:
-            _review(load_config(BlurConfig, file, sets, given_options(flags)), review_dir)
-
-
-def _review(config: BlurConfig, dest: Path) -> None:
-    from sa_engine.privacy.review import review
+    if review_dir is None or flags["dry_run"]:
+        _run_stage("blur", BlurConfig, file, sets, flags)
+        return
+    config = load_config(BlurConfig, file, sets, given_options(flags))
+    from sa_engine.privacy.review import check_dest, review
     from sa_engine.run_dir import run_paths
 
     paths = run_paths(config)
-    if paths.info.exists():
-        for picture in review(paths, dest):
-            click.echo(f"to be looked at: {picture}")
+    check_dest(paths, review_dir)  # not after hours of work
+    try:
+        _run_stage("blur", BlurConfig, file, sets, flags)
+    except TooManyFailures:
+        # What was released all the same is to be looked at; if nothing was, the failures are told.
+        with suppress(SaEngineError):
+            _tell_pictures(review(paths, review_dir))
+        raise
+    _tell_pictures(review(paths, review_dir))
+
+
+def _tell_pictures(pictures: list[Path]) -> None:
+    for picture in pictures:
+        click.echo(f"to be looked at: {picture}")
 
 
 @main.command()

@@ -22,7 +22,7 @@ from sa_engine.privacy.manual import Boxes, extra_boxes
 if TYPE_CHECKING:
     from sa_engine.privacy.redactor import Redacted, Redactor
 
-# Peak memory measured: 0.47 GB with a photo of 3.4 megapixels, 0.72 with one of 24 (docs/blur.md).
+# Peak memory measured: 0.51 GB with photos of 3.4 megapixels, 0.72 with one of 24 (docs/blur.md).
 _MEMORY = 1_000_000_000
 
 

@@ -228,6 +228,8 @@ def run(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.Rep
         SaEngineError: bad annotations, another run's folder, or too many failures: by default, one.
     """
     stage = IngestStage()
+    # Workers may run elsewhere.
+    config = replace(config, annotations=str(Path(config.annotations).absolute()))
     report = runner.run(stage, config, lambda: stage.identity(config), start)
     return replace(report, ignored={**report.ignored, **stage.left_out})
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lost_masks
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
@@ -62,14 +63,7 @@ def drawn(content: Any) -> list[np.ndarray]:
 
 def masks() -> dict[str, tuple[np.ndarray, list[list[list[float]]]]]:
     """Masks that formats are known to lose, and their polygons."""
-    names = ("hole", "two parts", "one pixel", "border", "all")
-    found = {name: np.zeros((HEIGHT, WIDTH), bool) for name in names}
-    found["hole"][2:9, 3:12] = True
-    found["hole"][4:6, 5:9] = False
-    found["two parts"][1:3, 1:3] = found["two parts"][8:11, 10:16] = True
-    found["one pixel"][7, 4] = True
-    found["border"][0, :] = found["border"][:, -1] = True
-    found["all"][:] = True
+    found = lost_masks.masks()
     # A polygon cannot have a hole: four that lie around it.
     rings = {
         "hole": [box(3, 2, 12, 4), box(3, 6, 12, 9), box(3, 4, 5, 6), box(9, 4, 12, 6)],
@@ -78,7 +72,7 @@ def masks() -> dict[str, tuple[np.ndarray, list[list[list[float]]]]]:
         "border": [box(0, 0, 17, 1), box(16, 0, 17, 12)],
         "all": [box(0, 0, 17, 12)],
     }
-    return {name: (found[name], rings[name]) for name in names}
+    return {name: (found[name], ring) for name, ring in rings.items()}
 
 
 @pytest.mark.parametrize("name", masks())

@@ -59,7 +59,7 @@ def mapped(ids: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray:
     return pixels
 
 
-def expect(content: bytes, ids: tuple[object, ...]) -> None:
+def assert_drawn(content: bytes, ids: tuple[object, ...]) -> None:
     found = drawn(content)
     assert set(found) == {str(value) for value in ids}
     for mask, value in zip(masks().values(), ids, strict=True):
@@ -70,7 +70,7 @@ def expect(content: bytes, ids: tuple[object, ...]) -> None:
     ("ids", "dtype"), [((7, 1, 255, 30), np.uint8), ((300, 1, 65535, 256), np.uint16)]
 )
 def test_ids_come_back(ids: tuple[int, ...], dtype: type) -> None:
-    expect(png(mapped(ids, dtype)), ids)
+    assert_drawn(png(mapped(ids, dtype)), ids)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -82,7 +82,7 @@ def test_a_palette_means_its_index(bits: int) -> None:
     if bits == 2:
         assert set(drawn(content)) == {"1", "2", "3"}
     else:
-        expect(content, ids)
+        assert_drawn(content, ids)
 
 
 def test_thirty_two_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_thirty_two_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Image.fromarray(mapped(ids, np.int32))
     assert wide.mode == "I"
     monkeypatch.setattr(instance_png.Image, "open", lambda *_, **__: wide)
-    expect(b"", ids)
+    assert_drawn(b"", ids)
 
 
 def test_a_map_of_one_bit_is_one_instance() -> None:
@@ -119,7 +119,7 @@ def test_colours_are_instances(channels: int) -> None:
         pixels[..., 3] = 255
     for mask, colour in zip(masks().values(), colours, strict=True):
         pixels[mask, :3] = colour
-    expect(png(pixels), tuple(",".join(map(str, colour)) for colour in colours))
+    assert_drawn(png(pixels), tuple(",".join(map(str, colour)) for colour in colours))
 
 
 def test_what_is_transparent_is_background() -> None:

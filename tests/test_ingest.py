@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from lost_masks import HEIGHT, WIDTH, masks
 from PIL import Image
 from pycocotools import mask as coco_mask
-from test_format_coco import HEIGHT, WIDTH, masks, uncompressed
+from test_format_coco import uncompressed
 
 from sa_engine import rle
 from sa_engine.cli import main

@@ -67,6 +67,30 @@ def test_what_cannot_be_reviewed_is_told(images: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "review").exists()
 
 
+def test_failures_are_told_before_what_there_is_to_review(images: Path, tmp_path: Path) -> None:
+    (images / "wall.png").write_bytes(b"no picture")
+    command = ["blur", "--images", str(images), "--local", "--review", str(tmp_path / "review")]
+    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 3
+    assert "1 of 2 images failed" in result.stderr
+    assert (tmp_path / "review" / "random_sample.jpg").exists()
+    (images / "face.png").write_bytes(b"no picture")
+    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "none")])
+    assert result.exit_code == 3
+    assert "2 of 2 images failed" in result.stderr
+
+
+def test_a_review_in_the_output_is_refused_before_there_is_one(
+    images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = ["blur", "--images", str(images), "--local", "--out", str(out)]
+    result = CliRunner().invoke(main, [*command, "--review", str(out / "check")])
+    assert result.exit_code == 2
+    assert "reviews show originals" in result.stderr
+    assert not out.exists()
+
+
 def test_a_dry_run_draws_nothing(images: Path, tmp_path: Path) -> None:
     blur(images, tmp_path / "out", "--review", str(tmp_path / "review"), "--dry-run")
     assert sorted(os.listdir(tmp_path)) == ["images"]

