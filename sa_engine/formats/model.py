@@ -1,9 +1,10 @@
-"""What every annotation format is read into: images by their names, each with masks as they were drawn.
+"""What every annotation format is read into, and written from: images by their names, each with its masks.
 
-Nothing is rasterised here. A shape keeps the form in which the tool wrote it, because who turns polygons into
+What is read is not rasterised here. A shape keeps the form in which the tool wrote it, because who turns polygons into
 pixels decides the pixels: `raster.py` does it as each tool's own code does.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sa_engine.errors import SaEngineError
+from sa_engine.records import ImageRecord
 
 _LARGEST = 1e300
 
@@ -122,6 +124,37 @@ class Parsed:
     tool: str | None
     images: tuple[AnnotatedImage, ...]
     left_out: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedImage:
+    """An image to be written, by the name under which the next tool knows it.
+
+    Attributes:
+        name: relative path of its picture, with slashes.
+        record: its masks, in pixels of the upright picture.
+    """
+
+    name: str
+    record: ImageRecord
+
+
+@dataclass(kw_only=True)
+class Writing:
+    """What a format's `write` is told, and what it tells.
+
+    `write(images, writing)` yields the files piece by piece, as (name relative to the output, content); pieces of one
+    name belong behind each other. It takes the images one by one, so that a data set of any size can be written.
+
+    Attributes:
+        pictures: folder of the pictures, relative to the output: "" beside the annotations.
+        tolerance: pixels by which an outline may be simplified; 0 for all corners.
+        lost: what the format cannot hold, by reason: how often.
+    """
+
+    pictures: str = "images"
+    tolerance: float = 0.0
+    lost: Counter[str] = field(default_factory=Counter)
 
 
 def number(value: Any, what: str, low: float | None = None) -> float:
