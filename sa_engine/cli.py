@@ -26,6 +26,7 @@ from sa_engine.flags import STARTS, flag, given_options, privacy_flags, run_flag
 from sa_engine.modeling.zoo import MODELS
 from sa_engine.privacy.weights import PLATE_WEIGHTS
 
+EXPORT_NAMES = ("coco", "coco-rle", "cvat", "label-studio", "labelme", "png", "sa1b", "yolo-seg")
 _INTERRUPTED = 130
 _WATCH_S, _WATCH_LOG_S = 2.0, 30.0
 
@@ -210,6 +211,104 @@ def show(run: str, dest: Path, ids: tuple[int, ...], count: int) -> None:
 
     *drawn, sheet = pictures.show(location(run), dest, ids, count)
     click.echo(f"{len(drawn)} pictures in {dest}, all of them on {sheet}")
+
+
+@main.command()
+@click.argument("run", metavar="OUT")
+@click.option(
+    "--format", "format_name", required=True, type=click.Choice(EXPORT_NAMES), help="Of the output."
+)
+@click.option("--out", "dest", type=Path, required=True, metavar="DIR", help="A new folder.")
+@click.option("--with-images", "pictures", is_flag=True, help="Write the released pictures too.")
+@click.option(
+    "--names",
+    type=click.Choice(["original", "released"]),
+    help="Of the images; default: the photos' own, for sa1b the released ones.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["all", "holdout", "rest"]),
+    default="all",
+    show_default=True,
+    help="Images that `sa-engine split` held out, or the others.",
+)
+@click.option("--id", "ids", type=int, multiple=True, help="Image to export; repeatable.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Pixels by which polygons may be simplified (coco, yolo-seg).",
+)
+def export(run: str, **options: Any) -> None:
+    """Write a run's masks in another tool's format.
+
+    OUT is the run's folder. Masks are kept to the pixel where the format can hold them; what it cannot hold
+    is told.
+    """
+    from sa_engine.export import export as write
+    from sa_engine.storage import location
+
+    click.echo(write(location(run), progress=sys.stderr.isatty(), **options))
+
+
+@main.command()
+@click.argument("run", metavar="OUT")
+@click.argument("corrected", metavar="[CORRECTED]", required=False)
+@click.option("--out", "dest", type=Path, metavar="DIR", help="For numbers and pictures.")
+@click.option(
+    "--worst", type=click.IntRange(min=1), default=20, show_default=True, help="Pairs to draw."
+)
+@click.option("--json", "as_json", is_flag=True, help="All numbers, and every pair.")
+@click.option(
+    "--sample",
+    "count",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Hand out N random images instead.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(EXPORT_NAMES),
+    default="cvat",
+    show_default=True,
+    help="Of the sample, see export.",
+)
+def audit(
+    run: str,
+    corrected: str | None,
+    dest: Path | None,
+    worst: int,
+    as_json: bool,
+    count: int | None,
+    seed: int,
+    format_name: str,
+) -> None:
+    """Say how well a run's masks agree with their corrected versions.
+
+    OUT is the run's folder, CORRECTED the run that the corrected masks were ingested into. With
+    --sample, draw images of OUT to be corrected, and write them to DIR as export --with-images does.
+    """
+    from sa_engine import agreement
+    from sa_engine.export import export as write
+    from sa_engine.storage import location
+
+    if (count is None) == (corrected is None):
+        raise click.UsageError("expected either CORRECTED or --sample N")
+    out = location(run)
+    if count is not None:
+        if dest is None:
+            raise click.UsageError("--sample needs --out DIR")
+        ids = agreement.sample(out, count, seed)
+        click.echo(write(out, dest, format_name, pictures=True, names="released", ids=ids))
+        return
+    found = agreement.compare(out, location(str(corrected)))
+    click.echo(json.dumps(found.to_dict()) if as_json else found)
+    if dest is not None:
+        for path in agreement.write_audit(found, out, dest, worst):
+            click.echo(path, err=as_json)
 
 
 @main.command()

@@ -53,7 +53,7 @@ def show(out: AnyPath, dest: Path, ids: Sequence[int] = (), count: int = 12) -> 
     records = _choose(out, ids, count, sum(marker.ok for marker in markers))
     paths, pairs = [], []
     for record in records:
-        released = _released_image(out, config, record)
+        released = released_image(out, config, record)
         pair = beside(released, draw_masks(released, record.masks))
         paths.append(write_picture(dest / f"sa_{record.image_id}.jpg", pair))
         pairs.append((fit(pair, *CELL), _caption(record)))
@@ -112,8 +112,17 @@ def draw_masks(image: np.ndarray, masks: Sequence[MaskRecord]) -> np.ndarray:
     return drawn
 
 
-def _released_image(out: AnyPath, config: dict[str, Any], record: ImageRecord) -> np.ndarray:
-    """The image that a record describes: from its shard, or else made again from the photo."""
+def released_image(out: AnyPath, config: dict[str, Any], record: ImageRecord) -> np.ndarray:
+    """The image that a record describes, (H, W, 3) uint8 RGB: from its shard, or made again from the photo.
+
+    Args:
+        out: the run's folder.
+        config: of the run.
+        record: of the run.
+
+    Raises:
+        RunError: the run has no pictures, and the photo is gone.
+    """
     if config["write_images"] and "tar" in config["formats"]:
         return decode_image(read_image(out, record.image_id))
     photo = location(config["images"]) / str(record.source_path)

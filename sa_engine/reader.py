@@ -53,7 +53,7 @@ def reopen_shard(paths: RunPaths, shard: Shard) -> dict[int, int]:
         if failure.status == "skipped":
             store.fail(failure)
     if stats.files:
-        for record, jpeg in _contents(paths.out, shard, stats):
+        for record, jpeg in iter_contents(paths.out, shard, stats):
             store.save(finished_record(record, jpeg, audit.get(record.image_id)))
     else:
         for line in audit.values():
@@ -145,13 +145,13 @@ def read_image(out: AnyPath, image_id: int) -> bytes:
     )
 
 
-def _contents(
-    out: AnyPath, shard: Shard, stats: ShardStats
+def iter_contents(
+    out: AnyPath, shard: Shard, stats: ShardStats, with_pictures: bool = True
 ) -> Iterator[tuple[ImageRecord, bytes | None]]:
-    """A committed shard's records, with their pictures if it has any."""
+    """A committed shard's records, with their pictures (JPEG files) if it has any and they are wanted."""
     with ExitStack() as stack:
         pictures: set[str] = set()
-        if f"{shard.name}.tar" in stats.files:
+        if with_pictures and f"{shard.name}.tar" in stats.files:
             archive = stack.enter_context(open_tar(out / f"{shard.name}.tar"))
             pictures = {name for name in archive.getnames() if name.endswith(".jpg")}
         for record in shard_records(out, shard, stats):

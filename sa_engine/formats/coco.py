@@ -1,27 +1,39 @@
 """COCO instances: one JSON file with images and annotations; CVAT's and many other tools' exports too.
 
+Written are polygons, from which pycocotools makes the same masks again, or run lengths; beside COCO's fields, each
+annotation has ours, as far as they are known.
+
 Traps: several polygons of an annotation are a union, never a hole (cocoapi#153); `counts` may be a list or text, and a
 flat `segmentation` of run lengths without a size is not a polygon (CVAT#6014); CVAT marks every brush mask as a crowd.
 """
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
+from sa_engine import rle
+from sa_engine.formats import outline
 from sa_engine.formats.model import (
     AnnotatedImage,
     Annotation,
     FormatError,
+    NamedImage,
     Parsed,
     Polygons,
     Runs,
     Shape,
+    Writing,
     number,
     whole,
 )
+from sa_engine.records import MaskRecord
 
 NAME = "coco"
 SUFFIX = ".json"
+_CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
+_OWN_FIELDS = ("id", "segmentation", "area", "bbox")
 
 
 def is_this(content: Any) -> bool:
@@ -170,6 +182,59 @@ def tool_of(content: dict[str, Any]) -> str | None:
         (name for name in ("label studio", "cvat", "labelme", "x-anylabeling") if name in text),
         None,
     )
+
+
+def _write(
+    images: Iterable[NamedImage], writing: Writing, polygons: bool
+) -> Iterator[tuple[str, bytes]]:
+    """One file; its list of images comes last, so that only this is held in memory."""
+    file = "annotations.json"
+    head = {
+        "info": {"description": "sa-engine"},
+        "licenses": [],
+        "categories": [_CATEGORY],
+    }
+    yield file, json.dumps(head)[:-1].encode() + b', "annotations": ['
+    entries: list[dict[str, Any]] = []
+    comma = b"\n"
+    for image in images:
+        record = image.record
+        entries.append(
+            {
+                "id": record.image_id,
+                "file_name": image.name,
+                "width": record.width,
+                "height": record.height,
+            }
+        )
+        for mask in record.masks:
+            entry = _entry(mask, record.image_id, writing.tolerance, polygons)
+            yield file, comma + json.dumps(entry, allow_nan=False).encode()
+            comma = b",\n"
+    yield file, b'\n], "images": ' + json.dumps(entries).encode() + b"}\n"
+
+
+write = partial(_write, polygons=True)
+write_rle = partial(_write, polygons=False)
+
+
+def _entry(mask: MaskRecord, image_id: int, tolerance: float, polygons: bool) -> dict[str, Any]:
+    segmentation: Any = mask.segmentation
+    if polygons:
+        rings = outline.edge_rings(rle.decode(mask.segmentation), tolerance)
+        segmentation = [ring.reshape(-1).tolist() for ring in rings]
+    left, top, width, height = mask.bbox
+    ours = {name: value for name, value in vars(mask).items() if value is not None}
+    return {
+        "id": mask.id,
+        "image_id": image_id,
+        "category_id": _CATEGORY["id"],
+        "iscrowd": 0,
+        "bbox": [left, top, width + 1, height + 1],  # SA-1B's is one less
+        "area": mask.area,
+        "segmentation": segmentation,
+        **{name: value for name, value in ours.items() if name not in _OWN_FIELDS},
+    }
 
 
 def _list(value: Any, what: str) -> list[Any]:

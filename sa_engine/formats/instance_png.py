@@ -5,13 +5,23 @@ were never drawn. Nothing in a PNG says that it is a map, so the format must be 
 """
 
 import io
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sa_engine.formats.model import AnnotatedImage, Annotation, FormatError, Parsed, Patch
+from sa_engine import rle
+from sa_engine.formats.model import (
+    AnnotatedImage,
+    Annotation,
+    FormatError,
+    NamedImage,
+    Parsed,
+    Patch,
+    Writing,
+)
 from sa_engine.images import PIXEL_LIMIT
 
 NAME = "png"
@@ -116,3 +126,28 @@ def _windows(ids: np.ndarray, source: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _shown(colour: int) -> str:
     return f"{colour >> 16},{colour >> 8 & 255},{colour & 255}"
+
+
+def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str, bytes]]:
+    """A map of 16 bits for each image: the value is the mask's number in its record, from 1.
+
+    A pixel has one value only: the front mask's, by z-order, else the smaller mask's.
+    """
+    for image in images:
+        record = image.record
+        ids = np.zeros((record.height, record.width), np.uint16)
+        numbered = sorted(
+            enumerate(record.masks, 1), key=lambda pair: (pair[1].z_order or 0, -pair[1].area)
+        )
+        for value, mask in numbered:
+            ids[rle.decode(mask.segmentation)] = value
+        left = np.bincount(ids.ravel(), minlength=len(record.masks) + 1)
+        for value, mask in numbered:
+            if left[value] == 0:
+                writing.lost["masks wholly behind others"] += 1
+            elif left[value] < mask.area:
+                writing.lost["masks partly behind others"] += 1
+            writing.lost["scores of masks"] += mask.predicted_iou is not None
+        buffer = io.BytesIO()
+        Image.fromarray(ids).save(buffer, format="PNG")
+        yield f"masks/{PurePosixPath(image.name).with_suffix(SUFFIX)}", buffer.getvalue()

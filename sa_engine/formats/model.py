@@ -5,7 +5,7 @@ pixels decides the pixels: `raster.py` does it as each tool's own code does.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +155,9 @@ class Writing:
     pictures: str = "images"
     tolerance: float = 0.0
     lost: Counter[str] = field(default_factory=Counter)
+
+
+Writer = Callable[[Iterable[NamedImage], Writing], Iterator[tuple[str, bytes]]]
 
 
 def number(value: Any, what: str, low: float | None = None) -> float:

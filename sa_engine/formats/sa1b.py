@@ -1,10 +1,13 @@
 """SA-1B's JSON: one file per image, alone or in tars; what our own shards hold."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from sa_engine.formats import coco
-from sa_engine.formats.model import FormatError, Parsed
-from sa_engine.records import MISSING_SCORE
+from sa_engine.formats.model import FormatError, NamedImage, Parsed, Writing
+from sa_engine.records import MISSING_SCORE, sa1b_json
 
 NAME = "sa1b"
 SUFFIX = ".json"
@@ -36,3 +39,12 @@ def read(content: Any, source: str) -> Parsed:
                 row[name] = None
     parsed = coco.read({"images": [image], "annotations": rows}, source)
     return Parsed(format=NAME, tool=None, images=parsed.images, left_out=parsed.left_out)
+
+
+def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str, bytes]]:
+    """A file for each image, beside its picture."""
+    for image in images:
+        name = PurePosixPath(image.name)
+        for mask in image.record.masks:
+            writing.lost["who, when and how of masks"] += bool(mask.annotator or mask.time_s)
+        yield str(name.with_suffix(SUFFIX)), sa1b_json(replace(image.record, file_name=name.name))

@@ -1,0 +1,238 @@
+"""A run's masks in the formats of other tools: one folder, whole or not at all."""
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from sa_engine.errors import SaEngineError
+from sa_engine.formats import coco, instance_png, sa1b, yolo_seg
+from sa_engine.formats.model import NamedImage, Writer, Writing
+from sa_engine.holdout import read_holdout
+from sa_engine.plan import read_plan
+from sa_engine.reader import iter_contents
+from sa_engine.records import ImageRecord
+from sa_engine.run_dir import read_info
+from sa_engine.shards import read_markers
+from sa_engine.storage import AnyPath, RunPaths
+
+
+class Format(NamedTuple):
+    """How a format is written.
+
+    Attributes:
+        write: see `formats.model.Writing`.
+        pictures: folder in which its tools look for pictures; "" is beside the annotations.
+        original_names: whether its images are called as the photos were; else as they were released.
+    """
+
+    write: Writer
+    pictures: str = "images"
+    original_names: bool = True
+
+
+EXPORT_FORMATS = {
+    "coco": Format(coco.write),
+    "coco-rle": Format(coco.write_rle),
+    "png": Format(instance_png.write),
+    "sa1b": Format(sa1b.write, pictures="", original_names=False),
+    "yolo-seg": Format(yolo_seg.write),
+}
+SPLITS = ("all", "holdout", "rest")
+
+
+class ExportError(SaEngineError):
+    """An export that cannot be made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        dest: the folder.
+        images, masks: how many.
+        notes: what a user should know of it.
+    """
+
+    dest: Path
+    images: int
+    masks: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """For a terminal."""
+        lines = [f"{self.images:,} images with {self.masks:,} masks in {self.dest}"]
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def export(
+    out: AnyPath,
+    dest: Path,
+    format_name: str,
+    *,
+    names: str | None = None,
+    pictures: bool = False,
+    split: str = "all",
+    ids: Collection[int] = (),
+    tolerance: float = 0.0,
+    progress: bool = False,
+) -> Exported:
+    """Write the masks of a run's finished shards for another tool.
+
+    Args:
+        out: the run's folder.
+        dest: folder for the output; it must not be there, or be empty.
+        format_name: a key of `EXPORT_FORMATS`.
+        names: "original" calls images as the photos were, "released" `sa_<id>.jpg`; None: as the format's tools expect.
+        pictures: also write the released pictures, which always fit the masks.
+        split: of `SPLITS`, by the run's `holdout.json`.
+        ids: images to write; all if there are none.
+        tolerance: pixels by which polygons may be simplified.
+        progress: show a bar.
+
+    Raises:
+        ExportError: the folder is in use, pictures that the run does not have, or two images of one name.
+        RunError: no run there.
+    """
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ExportError(f"{dest} is there and not empty: name a new folder")
+    info = read_info(RunPaths(out))
+    if pictures and not (info.config.get("write_images") and "tar" in info.config["formats"]):
+        raise ExportError(f"{out} has no pictures in its shards: export without --with-images")
+    chosen = EXPORT_FORMATS[format_name]
+    original = chosen.original_names if names is None else names == "original"
+    writing = Writing(pictures=chosen.pictures, tolerance=tolerance)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent))
+    try:
+        reading = _Reading(out, folder / chosen.pictures, original, pictures)
+        wanted = _wanted(out, split, ids)
+        for name, piece in chosen.write(reading.images(wanted, progress), writing):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(piece)
+        missing = sorted(set(ids) - reading.ids)
+        if missing:
+            raise ExportError(
+                f"{out} has no finished image {missing[0]}: it failed or is not planned"
+            )
+        if not reading.ids:
+            raise ExportError(f"{out} has no finished image to export (--split {split})")
+        folder.chmod(0o777 & ~_umask())
+        if dest.exists():
+            dest.rmdir()
+        folder.rename(dest)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    short_side = info.config.get("short_side") if not pictures and original else None
+    return Exported(
+        dest=dest,
+        images=len(reading.ids),
+        masks=reading.masks,
+        notes=tuple(_notes(out, reading, writing, short_side, split)),
+    )
+
+
+class _Reading:
+    """The images of a run, one by one; what was seen of them is told afterwards."""
+
+    def __init__(self, out: AnyPath, pictures: Path, original: bool, with_pictures: bool) -> None:
+        self.out = out
+        self.pictures = pictures
+        self.original = original
+        self.with_pictures = with_pictures
+        self.ids: set[int] = set()
+        self.masks = 0
+        self.short_sides: Counter[int] = Counter()
+        self._stems: dict[str, str] = {}
+
+    def images(self, wanted: "Wanted", progress: bool) -> Iterator[NamedImage]:
+        paths = RunPaths(self.out)
+        plan = read_plan(paths.plan)
+        markers = read_markers(paths, range(len(plan)))
+        self.open_shards = len(plan) - len(markers)
+        shards = [(plan[index], stats) for index, stats in markers.items()]
+        for shard, stats in tqdm(shards, unit="shard", disable=not progress):
+            for record, jpeg in iter_contents(self.out, shard, stats, self.with_pictures):
+                if not wanted(record.image_id):
+                    continue
+                name = self._name(record)
+                if jpeg is not None:
+                    path = self.pictures / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(jpeg)
+                self.ids.add(record.image_id)
+                self.masks += len(record.masks)
+                self.short_sides[min(record.width, record.height)] += 1
+                yield NamedImage(name=name, record=replace(record, file_name=name))
+
+    def _name(self, record: ImageRecord) -> str:
+        name = PurePosixPath(record.source_path or "" if self.original else record.file_name)
+        if not name.name or name.is_absolute() or ".." in name.parts:
+            raise ExportError(
+                f"image {record.image_id} was {str(name)!r}, which is no name below a folder: export with "
+                "--names released"
+            )
+        if self.with_pictures and name.suffix.lower() not in (".jpg", ".jpeg"):
+            name = name.with_suffix(".jpg")  # what the picture is now
+        stem = str(name.with_suffix(""))
+        if stem in self._stems:
+            raise ExportError(
+                f"{self._stems[stem]} and {name} would have one file of annotations: export with --names released"
+            )
+        self._stems[stem] = str(name)
+        return str(name)
+
+
+class Wanted:
+    """Whether an image is to be exported."""
+
+    def __init__(self, ids: Collection[int], holdout: frozenset[int], split: str) -> None:
+        self.ids, self.holdout, self.split = frozenset(ids), holdout, split
+
+    def __call__(self, image_id: int) -> bool:
+        in_split = self.split == "all" or (image_id in self.holdout) == (self.split == "holdout")
+        return in_split and (not self.ids or image_id in self.ids)
+
+
+def _wanted(out: AnyPath, split: str, ids: Collection[int]) -> Wanted:
+    holdout = read_holdout(out)
+    if split != "all" and holdout is None:
+        raise ExportError(f"{out} has no holdout.json: `sa-engine split` writes it")
+    return Wanted(ids, holdout.image_ids if holdout else frozenset(), split)
+
+
+def _notes(
+    out: AnyPath, reading: _Reading, writing: Writing, short_side: int | None, split: str
+) -> Iterator[str]:
+    if reading.open_shards:
+        yield f"{reading.open_shards} shards of the run are not finished, and not in this export"
+    scaled = reading.short_sides[short_side] if short_side else 0
+    if scaled:
+        yield (
+            f"{scaled} images were released at a short side of {short_side} pixels: if their photos are larger, these "
+            "masks do not fit them; --with-images writes pictures that do"
+        )
+    if split == "all" and (holdout := read_holdout(out)) is not None:
+        held_out = len(holdout.image_ids & reading.ids)
+        if held_out:
+            yield f"{held_out} images are held out for testing: --split rest leaves them out"
+    for what, count in writing.lost.items():
+        if count:
+            yield f"not in this format: {what} ({count:,})"
+
+
+def _umask() -> int:
+    import os
+
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,180 @@
+"""`sa-engine export`: masks leave as they came, or what a format cannot hold is told."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from lost_masks import HEIGHT, WIDTH, masks
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from test_ingest import NAMES, annotations, images, ingest  # noqa: F401
+
+from sa_engine import rle
+from sa_engine.cli import EXPORT_NAMES, main
+from sa_engine.export import EXPORT_FORMATS
+from sa_engine.formats import outline
+from sa_engine.reader import iter_records
+
+
+@pytest.fixture
+def run(images: Path) -> Path:  # noqa: F811
+    """A run of two images; the first has the masks that formats are known to lose, the second none."""
+    assert ingest(images, annotations()).exit_code == 0
+    return images.parent / "out"
+
+
+def export(run: Path, name: str, *more: str) -> Result:
+    dest = run.parent / f"export_{name}"
+    return CliRunner().invoke(
+        main, ["export", str(run), "--format", name, "--out", str(dest), *more]
+    )
+
+
+def pixels(run: Path) -> dict[str, list[np.ndarray]]:
+    return {
+        str(record.source_path): [rle.decode(mask.segmentation) for mask in record.masks]
+        for record in iter_records(run)
+    }
+
+
+def test_the_command_knows_every_format() -> None:
+    assert tuple(EXPORT_FORMATS) == EXPORT_NAMES
+
+
+@pytest.mark.parametrize(
+    "name", [one for one in EXPORT_NAMES if one not in ("png", "yolo-seg", "label-studio")]
+)
+def test_what_is_exported_comes_in_again_to_the_pixel(run: Path, name: str) -> None:
+    result = export(run, name, "--with-images")
+    assert result.exit_code == 0, result.output
+    assert "2 images with 5 masks" in result.output
+    dest = run.parent / f"export_{name}"
+    again = run.parent / "again"
+    command = ["ingest", f"--images={dest}", f"--annotations={dest}", f"--out={again}", "--local"]
+    result = CliRunner().invoke(main, [*command, "--set=shard_size=8"])
+    assert result.exit_code == 0, result.output
+    before, after = list(pixels(run).values()), list(pixels(again).values())
+    assert sorted(map(len, before)) == sorted(map(len, after)) == [0, 5]
+    # Photos may be in another order.
+    (before_masks,), (after_masks,) = ([one for one in side if one] for side in (before, after))
+    for first, second in zip(before_masks, after_masks, strict=True):
+        assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["coco", "coco-rle"])
+def test_coco_is_read_by_pycocotools(run: Path, name: str) -> None:
+    assert export(run, name).exit_code == 0
+    api = COCO(str(run.parent / f"export_{name}" / "annotations.json"))
+    assert sorted(image["file_name"] for image in api.imgs.values()) == sorted(NAMES)
+    for entry, mask in zip(api.loadAnns(api.getAnnIds()), masks().values(), strict=True):
+        assert np.array_equal(api.annToMask(entry), mask)
+        assert entry["area"] == mask.sum()
+        box = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask.view(np.uint8))))
+        assert entry["bbox"] == box.tolist()
+
+
+def test_instance_maps_keep_what_is_in_front_and_tell_the_rest(run: Path) -> None:
+    result = export(run, "png")
+    assert "masks wholly behind others" not in result.output
+    assert (
+        "masks partly behind others (2)" in result.output
+    )  # the one that covers all, and a corner
+    with Image.open(run.parent / "export_png" / "masks" / "bild ä.png") as file:
+        ids = np.asarray(file)
+    expected = np.zeros((HEIGHT, WIDTH), int)
+    for value, mask in sorted(enumerate(masks().values(), 1), key=lambda pair: -pair[1].sum()):
+        expected[mask] = value
+    assert np.array_equal(ids, expected)
+
+
+def test_yolo_fills_the_same_pixels(run: Path) -> None:
+    result = export(run, "yolo-seg")
+    assert "masks whose parts are joined by a line (1)" in result.output
+    dest = run.parent / "export_yolo-seg"
+    assert (dest / "labels" / "sub" / "leer.txt").read_text() == ""
+    lines = (dest / "labels" / "bild ä.txt").read_text().splitlines()
+    for line, (name, mask) in zip(lines, masks().items(), strict=True):
+        label, *numbers = line.split()
+        # As YOLO's tools do: to pixels, without the fraction, then OpenCV's fillPoly.
+        corners = np.array(numbers, float).reshape(-1, 2) * (WIDTH, HEIGHT)
+        filled = np.zeros((HEIGHT, WIDTH), np.uint8)
+        cv2.fillPoly(filled, [corners.astype(np.int32)], 1)
+        assert label == "0"
+        if name == "two parts":
+            assert (filled >= mask).all() and 0 < (filled - mask.astype(np.uint8)).sum() < 10
+        else:
+            assert np.array_equal(filled, mask), name
+
+
+def test_outlines_become_the_same_masks() -> None:
+    random = np.random.default_rng(0)
+    for number in range(300):
+        height, width = random.integers(1, 40, 2)
+        mask = random.random((height, width)) < random.choice([0.1, 0.5, 0.9, 0.97])
+        if number % 3 == 0:
+            mask = cv2.blur(random.random((height, width)), (3, 3)) > 0.5
+        if not mask.any():
+            continue
+        edges = [ring.reshape(-1).astype(float).tolist() for ring in outline.edge_rings(mask)]
+        drawn = coco_mask.merge(coco_mask.frPyObjects(edges, int(height), int(width)))
+        assert np.array_equal(coco_mask.decode(drawn), mask)
+        filled = np.zeros((height, width), np.uint8)
+        for ring in outline.centre_rings(mask):
+            part = np.zeros_like(filled)
+            cv2.fillPoly(part, [ring.astype(np.int32)], 1)
+            filled |= part
+        assert np.array_equal(filled, mask)
+
+
+def test_a_tolerance_gives_fewer_corners_and_nearly_the_same_mask() -> None:
+    rows, columns = np.mgrid[:200, :200]
+    disc = (rows - 100) ** 2 + (columns - 100) ** 2 < 80**2
+    (exact,), (fewer,) = outline.edge_rings(disc), outline.edge_rings(disc, 1.5)
+    assert len(fewer) < len(exact) / 4
+    drawn = coco_mask.frPyObjects([fewer.reshape(-1).astype(float).tolist()], 200, 200)
+    found = rle.decode({"size": [200, 200], "counts": drawn[0]["counts"].decode()})
+    assert (found & disc).sum() / (found | disc).sum() > 0.97
+
+
+def test_some_images_and_the_names_of_release(run: Path) -> None:
+    first = next(record.image_id for record in iter_records(run) if record.masks)
+    result = export(run, "coco-rle", f"--id={first}", "--names=released")
+    assert "1 images with 5 masks" in result.output
+    content = json.loads((run.parent / "export_coco-rle" / "annotations.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == [f"sa_{first}.jpg"]
+
+
+def test_nothing_is_left_where_an_export_fails(run: Path) -> None:
+    before = sorted(path.name for path in run.parent.iterdir())
+    result = export(run, "coco", "--id=99")
+    assert result.exit_code == 2 and "no finished image 99" in result.stderr
+    result = export(run, "coco", "--split=rest")
+    assert result.exit_code == 2 and "sa-engine split" in result.stderr
+    assert sorted(path.name for path in run.parent.iterdir()) == before
+    assert export(run, "coco").exit_code == 0
+    result = export(run, "coco")
+    assert result.exit_code == 2 and "not empty" in result.stderr
+
+
+def test_held_out_images_are_told_or_left_out(run: Path) -> None:
+    assert CliRunner().invoke(main, ["split", str(run), "--holdout=1"]).exit_code == 0
+    assert "1 images are held out" in export(run, "coco-rle").output
+    assert "1 images with" in export(run, "sa1b", "--split=rest").output
+
+
+def test_two_photos_of_one_stem_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for suffix in ("png", "bmp"):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / f"a.{suffix}")
+    names = [
+        {"id": n, "file_name": f"a.{s}", "width": WIDTH, "height": HEIGHT}
+        for n, s in enumerate(("png", "bmp"))
+    ]
+    assert ingest(folder, annotations(images=names, annotations=[])).exit_code == 0
+    result = export(tmp_path / "out", "labelme" if "labelme" in EXPORT_FORMATS else "png")
+    assert result.exit_code == 2 and "--names released" in result.stderr
