@@ -22,9 +22,10 @@ def edge_rings(mask: np.ndarray, tolerance: float = 0.0) -> list[Ring]:
     Returns:
         A ring for each 8-connected part, x from 0 to W and y from 0 to H.
     """
+    window, origin = _window(mask)
     # In a mask of twice the size, a pixel's edge lies between two centres.
-    twice = mask.repeat(2, axis=0).repeat(2, axis=1)
-    return [_simplified((ring + 1) // 2, tolerance) for ring in _rings(twice)]
+    twice = window.repeat(2, axis=0).repeat(2, axis=1)
+    return [_simplified((ring + 1) // 2, tolerance) + origin for ring in _rings(twice)]
 
 
 def centre_rings(mask: np.ndarray, tolerance: float = 0.0) -> list[Ring]:
@@ -37,7 +38,8 @@ def centre_rings(mask: np.ndarray, tolerance: float = 0.0) -> list[Ring]:
     Returns:
         A ring for each 8-connected part, x from 0 to W - 1 and y from 0 to H - 1; a single pixel is one corner.
     """
-    return [_simplified(ring, tolerance) for ring in _rings(mask)]
+    window, origin = _window(mask)
+    return [_simplified(ring, tolerance) + origin for ring in _rings(window)]
 
 
 def chain(rings: list[Ring]) -> Ring:
@@ -59,6 +61,12 @@ def _nearest(one: Ring, other: Ring) -> tuple[int, int, int]:
         here = int(squared.argmin())
         best = min(best, (int(squared[here]), here, there))
     return best
+
+
+def _window(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """A mask's box, and the x and y of its first pixel."""
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return mask[top : top + height, left : left + width], (left, top)
 
 
 def _rings(mask: np.ndarray) -> list[Ring]:
