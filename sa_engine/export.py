@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from sa_engine.errors import SaEngineError
-from sa_engine.formats import coco, instance_png, sa1b, yolo_seg
+from sa_engine.formats import coco, cvat, instance_png, label_studio, labelme, sa1b, yolo_seg
 from sa_engine.formats.model import NamedImage, Writer, Writing
 from sa_engine.holdout import read_holdout
 from sa_engine.plan import read_plan
@@ -39,6 +39,9 @@ class Format(NamedTuple):
 EXPORT_FORMATS = {
     "coco": Format(coco.write),
     "coco-rle": Format(coco.write_rle),
+    "cvat": Format(cvat.write),
+    "label-studio": Format(label_studio.write),
+    "labelme": Format(labelme.write, pictures=""),
     "png": Format(instance_png.write),
     "sa1b": Format(sa1b.write, pictures="", original_names=False),
     "yolo-seg": Format(yolo_seg.write),

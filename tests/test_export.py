@@ -45,9 +45,7 @@ def test_the_command_knows_every_format() -> None:
     assert tuple(EXPORT_FORMATS) == EXPORT_NAMES
 
 
-@pytest.mark.parametrize(
-    "name", [one for one in EXPORT_NAMES if one not in ("png", "yolo-seg", "label-studio")]
-)
+@pytest.mark.parametrize("name", [one for one in EXPORT_NAMES if one not in ("png", "yolo-seg")])
 def test_what_is_exported_comes_in_again_to_the_pixel(run: Path, name: str) -> None:
     result = export(run, name, "--with-images")
     assert result.exit_code == 0, result.output

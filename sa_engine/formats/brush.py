@@ -15,6 +15,9 @@ from sa_engine.formats.model import FormatError
 _CHANNELS = 4  # RGBA
 _HEADER_BITS = 32 + 5 + 4 * 4
 _LARGEST_WORD = 8
+_WORD_BITS = 8
+_LENGTH_BITS = (3, 4, 8, 16)  # as Label Studio itself has them
+_LONGEST = 1 << 16
 
 
 class _Blocks(NamedTuple):
@@ -109,3 +112,28 @@ def _alpha(data: bytes, words: int, word_bits: int, blocks: _Blocks) -> np.ndarr
         offsets = pixels * _CHANNELS + _CHANNELS - 1 - np.repeat(blocks.starts[literal], lengths)
         alpha[pixels] = read(np.repeat(blocks.bits[literal], lengths) + offsets * word_bits)
     return alpha
+
+
+def encode_brush(mask: np.ndarray) -> list[int]:
+    """The inverse of `decode_brush`: pixels of 255 in all four channels, because an alpha of 1 cannot be seen.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        Bytes of the stream.
+    """
+    flat = mask.reshape(-1)
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    starts = np.concatenate([[0], edges])
+    lengths = np.diff(np.append(starts, flat.size)) * _CHANNELS
+    bits = [f"{flat.size * _CHANNELS:032b}{_WORD_BITS - 1:05b}"]
+    bits += [f"{size - 1:04b}" for size in _LENGTH_BITS]
+    for value, length in zip(flat[starts].tolist(), lengths.tolist(), strict=True):
+        word = "1" * _WORD_BITS if value else "0" * _WORD_BITS
+        for begin in range(0, length, _LONGEST):
+            count = min(length - begin, _LONGEST) - 1
+            which = next(i for i, size in enumerate(_LENGTH_BITS) if count < 1 << size)
+            bits.append(f"1{which:02b}{count:0{_LENGTH_BITS[which]}b}{word}")
+    stream = np.frombuffer("".join(bits).encode(), np.uint8) - ord("0")
+    return np.packbits(stream).tolist()

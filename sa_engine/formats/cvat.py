@@ -4,30 +4,53 @@ Traps: the runs of a mask are row-major and of its tight box alone, not of the i
 object; tracks are of videos.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
-from xml.etree.ElementTree import Element
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 import numpy as np
 
+from sa_engine import rle
 from sa_engine.formats.model import (
     AnnotatedImage,
     Annotation,
     FormatError,
+    NamedImage,
     Parsed,
     Patch,
     Polygons,
     Shape,
+    Writing,
     number,
     whole,
+    window,
 )
 from sa_engine.images import PIXEL_LIMIT
+from sa_engine.records import MaskRecord
 
 NAME = "cvat"
 SUFFIX = ".xml"
 _VERSION = "1.1"
+_ID = "sa_mask_id"  # the attribute by which a mask's id comes back
+_BY_PEOPLE = (None, "manual", "assisted")
+_LABELS = [
+    {
+        "name": "object",
+        "type": "any",
+        "attributes": [
+            {
+                "name": _ID,
+                "input_type": "text",
+                "mutable": False,
+                "values": [""],
+                "default_value": "",
+            }
+        ],
+    }
+]
 _NO_MASKS = {
     "box": "boxes",
     "cuboid": "cuboids",
@@ -39,6 +62,14 @@ _NO_MASKS = {
 }
 _NUMBER = re.compile(r"\s*[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?\s*", re.ASCII)
 _RUNS = re.compile(r"\s*[0-9]{1,10}\s*(,\s*[0-9]{1,10}\s*)*", re.ASCII)
+
+
+class _Member(NamedTuple):
+    """A shape of a group."""
+
+    shape: Shape
+    z_order: int | None
+    original_id: str | None
 
 
 def is_this(content: Any) -> bool:
@@ -96,7 +127,7 @@ def _image(
         raise FormatError(f"{where}: {width} x {height} is more than {PIXEL_LIMIT:,} pixels")
     annotator = _annotator(meta, element.get("task_id"))
     # Shapes by their group; those without one by their place.
-    groups: dict[tuple[bool, int], list[tuple[Shape, int | None]]] = {}
+    groups: dict[tuple[bool, int], list[_Member]] = {}
     for place, entry in enumerate(element):
         if entry.tag in _NO_MASKS:
             left_out[_NO_MASKS[entry.tag]] += 1
@@ -107,7 +138,8 @@ def _image(
         shape = _SHAPES[entry.tag](entry, width, height, at)
         group = _whole(entry, "group_id", at) if entry.get("group_id") else 0
         z_order = _whole(entry, "z_order", at, -(2**31)) if entry.get("z_order") else None
-        groups.setdefault((True, group) if group else (False, place), []).append((shape, z_order))
+        member = _Member(shape, z_order, _original_id(entry))
+        groups.setdefault((True, group) if group else (False, place), []).append(member)
     return AnnotatedImage(
         name=name,
         width=width,
@@ -117,11 +149,18 @@ def _image(
     )
 
 
-def _annotation(members: list[tuple[Shape, int | None]], annotator: str | None) -> Annotation:
+def _original_id(entry: Element) -> str | None:
+    values = (one.text for one in entry.findall("attribute") if one.get("name") == _ID)
+    return next((value.strip() for value in values if value and value.strip()), None)
+
+
+def _annotation(members: list[_Member], annotator: str | None) -> Annotation:
+    ids = {one.original_id for one in members}
     return Annotation(
-        shapes=tuple(shape for shape, _ in members),
+        shapes=tuple(one.shape for one in members),
+        original_id=ids.pop() if len(ids) == 1 else None,
         annotator=annotator,
-        z_order=max((order for _, order in members if order is not None), default=None),
+        z_order=max((one.z_order for one in members if one.z_order is not None), default=None),
     )
 
 
@@ -188,3 +227,46 @@ def _number(text: str, what: str) -> float:
     if not _NUMBER.fullmatch(text):
         raise FormatError(f"{what} is {text[:60]!r}: expected a number")
     return number(float(text), what)
+
+
+def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str, bytes]]:
+    """`annotations.xml`, and `labels.txt` for CVAT's constructor of labels, without which it drops the ids."""
+    file = "annotations.xml"
+    yield "labels.txt", json.dumps(_LABELS, indent=1).encode()
+    head = (
+        f'<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>{_VERSION}</version>\n'
+    )
+    yield file, head.encode()
+    for number_, image in enumerate(images):
+        element = Element("image", id=str(number_), name=image.name)
+        element.set("width", str(image.record.width))
+        element.set("height", str(image.record.height))
+        for mask in image.record.masks:
+            element.append(_element(mask))
+            writing.lost["scores of masks"] += mask.predicted_iou is not None
+            writing.lost["times of masks"] += mask.time_s is not None
+            writing.lost["annotators of masks"] += mask.annotator is not None
+        indent(element)
+        yield file, tostring(element, encoding="unicode").encode() + b"\n"
+    yield file, b"</annotations>\n"
+
+
+def _element(mask: MaskRecord) -> Element:
+    left, top, right, bottom = window(mask)
+    flat = rle.decode(mask.segmentation)[top : bottom + 1, left : right + 1].reshape(-1)
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    element = Element(
+        "mask",
+        label="object",
+        source="manual" if mask.source in _BY_PEOPLE else "auto",
+        occluded="0",
+        rle=", ".join(map(str, [0, *runs] if flat[0] else runs)),
+        left=str(left),
+        top=str(top),
+        width=str(right - left + 1),
+        height=str(bottom - top + 1),
+        z_order=str(mask.z_order or 0),
+    )
+    SubElement(element, "attribute", name=_ID).text = str(mask.id)
+    return element

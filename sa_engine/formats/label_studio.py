@@ -4,23 +4,29 @@ Traps: polygons are in percent of the image; a region's further answers repeat i
 of a whole annotation; the JSON-MIN and COCO exports say less, and the latter loses holes.
 """
 
+import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
+from urllib.parse import quote
 
 from sa_engine import rle
-from sa_engine.formats.brush import decode_brush
+from sa_engine.formats.brush import decode_brush, encode_brush
 from sa_engine.formats.model import (
     AnnotatedImage,
     Annotation,
     FormatError,
+    NamedImage,
     Parsed,
     Polygons,
     Runs,
+    Writing,
     number,
     whole,
 )
 from sa_engine.images import PIXEL_LIMIT
+from sa_engine.records import ImageRecord, MaskRecord
 
 NAME = "label-studio"
 SUFFIX = ".json"
@@ -29,6 +35,13 @@ _BRUSHES = ("brushlabels", "brush")
 _POLYGONS = ("polygonlabels", "polygon")
 _PLACE = re.compile(r"://|\?d=|\.\w{2,5}$", re.ASCII)
 _Size = tuple[int, int]  # width, height
+_FROM, _TO = "brush", "image"
+_CONFIG = f"""<View>
+  <Image name="{_TO}" value="${_TO}" zoom="true"/>
+  <BrushLabels name="{_FROM}" toName="{_TO}"><Label value="object"/></BrushLabels>
+</View>
+"""
+_BY_MODELS = ("automatic", "semi-automatic")
 _FAR = 100  # percent of a side that a corner may lie outside
 
 
@@ -198,3 +211,59 @@ def _objects(value: Any, what: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise FormatError(f"{what}: {str(value)[:60]!r} found, a list of objects expected")
     return value
+
+
+def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str, bytes]]:
+    """`tasks.json`, and `labeling_config.txt` for the project. Pictures are sought in Label Studio's local files.
+
+    Masks that people drew are annotations, one of each annotator and time; those of models are predictions.
+    """
+    yield "labeling_config.txt", _CONFIG.encode()
+    comma = b"[\n"
+    for image in images:
+        path = f"{writing.pictures}/{image.name}" if writing.pictures else image.name
+        by_models = [mask for mask in image.record.masks if mask.source in _BY_MODELS]
+        people: dict[tuple[str | None, float | None], list[MaskRecord]] = {}
+        for mask in image.record.masks:
+            if mask.source not in _BY_MODELS:
+                time_s = mask.time_s if mask.time_scope == "image" else None
+                writing.lost["times of single masks"] += mask.time_scope == "mask"
+                people.setdefault((mask.annotator, time_s), []).append(mask)
+            writing.lost["stability scores of masks"] += mask.stability_score is not None
+        task: dict[str, Any] = {
+            "data": {_TO: f"/data/local-files/?d={quote(path)}"},
+            "annotations": [
+                {
+                    "result": [_region(mask, image.record) for mask in masks],
+                    **({} if annotator is None else {"completed_by": {"email": annotator}}),
+                    **({} if time_s is None else {"lead_time": time_s}),
+                }
+                for (annotator, time_s), masks in people.items()
+            ],
+            "predictions": [],
+        }
+        if by_models:
+            result = [_region(mask, image.record) for mask in by_models]
+            task["predictions"] = [{"model_version": "sa-engine", "result": result}]
+        yield "tasks.json", comma + json.dumps(task, ensure_ascii=False).encode()
+        comma = b",\n"
+    yield "tasks.json", b"\n]\n" if comma == b",\n" else b"[]\n"
+
+
+def _region(mask: MaskRecord, record: ImageRecord) -> dict[str, Any]:
+    score = {} if mask.predicted_iou is None else {"score": mask.predicted_iou}
+    return {
+        "id": str(mask.id),
+        "type": "brushlabels",
+        "from_name": _FROM,
+        "to_name": _TO,
+        "original_width": record.width,
+        "original_height": record.height,
+        "image_rotation": 0,
+        "value": {
+            "format": "rle",
+            "rle": encode_brush(rle.decode(mask.segmentation)),
+            "brushlabels": ["object"],
+        },
+        **score,
+    }

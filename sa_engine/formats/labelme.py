@@ -8,25 +8,32 @@ at the border, as in labelme.
 
 import base64
 import io
+import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sa_engine import rle
 from sa_engine.formats.isat import TOLERANCE, Point, corners
 from sa_engine.formats.model import (
     AnnotatedImage,
     Annotation,
     FormatError,
+    NamedImage,
     Parsed,
     Patch,
+    Writing,
     whole,
+    window,
 )
 from sa_engine.images import PIXEL_LIMIT
+from sa_engine.records import MaskRecord
 
 NAME = "labelme"
 SUFFIX = ".json"
@@ -189,3 +196,38 @@ def _check_extent(
 def _tool(content: dict[str, Any]) -> str:
     told = any(_XANY_SHAPE & shape.keys() for shape in content["shapes"])
     return "x-anylabeling" if told or _XANY_FILE & content.keys() else "labelme"
+
+
+def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str, bytes]]:
+    """A file for each image, beside its picture; a mask's id is its `group_id`, so that it comes back."""
+    for image in images:
+        name = PurePosixPath(image.name)
+        content: dict[str, Any] = {
+            "version": "5.5.0",
+            "flags": {},
+            "shapes": [_shape(mask) for mask in image.record.masks],
+            "imagePath": name.name,
+            "imageData": None,
+            "imageHeight": image.record.height,
+            "imageWidth": image.record.width,
+        }
+        for mask in image.record.masks:
+            writing.lost["scores of masks"] += mask.predicted_iou is not None
+            writing.lost["times of masks"] += mask.time_s is not None
+        yield str(name.with_suffix(SUFFIX)), json.dumps(content, ensure_ascii=False).encode()
+
+
+def _shape(mask: MaskRecord) -> dict[str, Any]:
+    left, top, right, bottom = window(mask)
+    pixels = rle.decode(mask.segmentation)[top : bottom + 1, left : right + 1]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8) * 255).save(buffer, format="PNG")
+    return {
+        "label": "object",
+        "points": [[left, top], [right, bottom]],
+        "group_id": mask.id,
+        "description": "",
+        "shape_type": "mask",
+        "flags": {},
+        "mask": base64.b64encode(buffer.getvalue()).decode(),
+    }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sa_engine.errors import SaEngineError
-from sa_engine.records import ImageRecord
+from sa_engine.records import ImageRecord, MaskRecord
 
 _LARGEST = 1e300
 
@@ -158,6 +158,12 @@ class Writing:
 
 
 Writer = Callable[[Iterable[NamedImage], Writing], Iterator[tuple[str, bytes]]]
+
+
+def window(mask: MaskRecord) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a mask's pixels, all inclusive."""
+    left, top, width, height = map(int, mask.bbox)
+    return left, top, left + width, top + height
 
 
 def number(value: Any, what: str, low: float | None = None) -> float:
