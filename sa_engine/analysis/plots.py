@@ -8,23 +8,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from sa_engine.analysis.figures import BINS, SIZES, Figures, Histogram
+from sa_engine.analysis.figures import BINS, HEAT_CELLS, SIZES, Figures, Histogram
 
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2")
 _DPI = 130
 _WIDTH, _HEIGHT = 6.4, 3.4  # inches
 _HEAT_IN = 2.1
 _PER_ROW = 3
-_STEPS = 60  # bars of masks per image, at most
+_PER_CELL = 4  # masks on average, for a cell to say something
+_STEPS = 24  # bars of masks per image, at most
 
 
 def heat_maps(sets: Sequence[Figures]) -> bytes:
-    """Mask centres of each data set, beside each other; white is none, black each one's most."""
+    """Mask centres of each data set, beside each other; white is none, the darkest each one's most."""
     columns = min(len(sets), _PER_ROW)
     rows = -(-len(sets) // columns)
     figure = Figure((max(_HEAT_IN * columns, 2.6), (_HEAT_IN + 0.3) * rows), layout="constrained")
     for axes, found in zip(figure.subplots(rows, columns, squeeze=False).flat, sets, strict=False):
-        axes.imshow(found.heat, cmap="magma_r", extent=(0, 1, 1, 0), vmin=0)
+        axes.imshow(_coarse(found), cmap="Blues", extent=(0, 1, 1, 0), vmin=0)
         axes.set_title(_short(found.name), fontsize=9)
     for axes in figure.axes:
         axes.set(xticks=[], yticks=[])
@@ -115,6 +116,13 @@ def _dress(axes: Axes, x: str, of: str) -> None:
     axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _coarse(found: Figures) -> np.ndarray:
+    """The heat map in cells so large that they hold some masks each, or in all its cells."""
+    block = next((b for b in (1, 2, 4) if found.masks * b**2 > HEAT_CELLS**2 * _PER_CELL), 4)
+    side = HEAT_CELLS // block
+    return found.heat.reshape(side, block, side, block).sum(axis=(1, 3))
 
 
 def _cycle(number: int) -> list[str]:
