@@ -214,6 +214,32 @@ def show(run: str, dest: Path, ids: tuple[int, ...], count: int) -> None:
 
 
 @main.command()
+@click.argument("runs", metavar="DIR...", nargs=-1, required=True)
+@click.option("--out", "dest", type=Path, metavar="DIR", help="For report.html and report.json.")
+@click.option(
+    "--compare", multiple=True, metavar="DIR", help="A data set to put beside; repeatable."
+)
+@click.option("--json", "as_json", is_flag=True, help="All numbers instead of the table.")
+def report(
+    runs: tuple[str, ...], dest: Path | None, compare: tuple[str, ...], as_json: bool
+) -> None:
+    """Say what the masks of one or more runs look like.
+
+    The table has a row for each stage and round, as the paper's; runs are added up in the order
+    given.
+    """
+    from sa_engine.analysis.report import make_report, write_report
+
+    found = make_report(runs, compare)
+    written = write_report(found, dest) if dest else []
+    click.echo(json.dumps(found.to_dict()) if as_json else found)
+    for note in found.notes():
+        click.echo(f"Note: {note}", err=True)
+    for file in written:
+        click.echo(f"written: {file}", err=as_json)
+
+
+@main.command()
 @click.argument("run", metavar="OUT")
 @click.option(
     "--format", "format_name", required=True, type=click.Choice(EXPORT_NAMES), help="Of the output."

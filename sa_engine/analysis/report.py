@@ -1,0 +1,167 @@
+"""What the masks of runs look like: read once, told as a table, as JSON or as a page."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sa_engine.analysis.figures import HULLS, Figures
+from sa_engine.analysis.stages import Key, StageTable
+from sa_engine.analysis.text import summary_cells, table_cells, text_table
+from sa_engine.plan import read_plan
+from sa_engine.reader import shard_records
+from sa_engine.run_dir import read_info
+from sa_engine.shards import read_markers
+from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write, location
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """All numbers of a report.
+
+    Attributes:
+        runs: folder, stage, shards and missing shards of every run.
+        stages: see `StageTable`.
+        figures: of the runs together.
+        compared: of every data set beside them.
+    """
+
+    runs: list[dict[str, Any]]
+    stages: StageTable
+    figures: Figures
+    compared: list[Figures]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers as plain JSON values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "runs": self.runs,
+            "stages": self.stages.rows(),
+            "annotators": self.stages.annotators(),
+            "figures": self.figures.to_dict(),
+            "compared": [figures.to_dict() for figures in self.compared],
+        }
+
+    def notes(self) -> list[str]:
+        """What a reader has to know of the runs."""
+        found = []
+        for run in self.runs:
+            if run["missing_shards"]:
+                found.append(
+                    f"{run['dir']} is not finished: {run['missing_shards']} of {run['shards']} "
+                    "shards are missing here"
+                )
+            if not run["masks"]:
+                found.append(f"{run['dir']} has no masks")
+        return found
+
+    def __str__(self) -> str:
+        """Give the tables to a person."""
+        parts = [text_table(table_cells(self.stages.rows(), True))]
+        if people := self.stages.annotators():
+            parts.append(text_table(table_cells(people, False)))
+        if self.compared:
+            parts.append(text_table(summary_cells([self.figures, *self.compared])))
+        where = [
+            f"{run['dir']}: {run['images']:,} images, {run['masks']:,} masks ({run['stage']})"
+            for run in self.runs
+        ]
+        return "\n\n".join([*parts, "\n".join(where)])
+
+
+def make_report(dirs: Sequence[str], compare: Sequence[str] = ()) -> Report:
+    """Read the committed shards of runs, and of data sets to compare them with.
+
+    Args:
+        dirs: folders of the runs of a project, in the order of its rounds.
+        compare: folders of other runs, each a data set of its own.
+
+    Raises:
+        RunError: a folder is named twice or holds no run of shards, or nothing is finished.
+    """
+    for group in (dirs, compare):
+        if twice := {name for name in group if list(group).count(name) > 1}:
+            raise RunError(f"{', '.join(sorted(twice))} is named twice: name each run once")
+    opened = [_Run(location(name)) for name in dirs]
+    others = [_Run(location(name)) for name in compare]
+    table = StageTable()
+    figures = _figures(" + ".join(run.out.name for run in opened), opened)
+    runs = [_read(run, figures, table) for run in opened]
+    compared = [_figures(run.out.name, [run]) for run in others]
+    told = [_read(run, found, None) for run, found in zip(others, compared, strict=True)]
+    return Report([*runs, *({**run, "compared": True} for run in told)], table, figures, compared)
+
+
+def write_report(report: Report, dest: Path) -> list[Path]:
+    """Write `report.html` and `report.json` into a folder, which is made if missing."""
+    from sa_engine.analysis.page import page  # matplotlib takes a second
+
+    content = {
+        "report.html": page(report).encode(),
+        "report.json": json.dumps(report.to_dict(), allow_nan=False).encode(),
+    }
+    try:
+        for name, data in content.items():
+            atomic_write(dest / name, data)
+    except OSError as error:
+        raise RunError(f"the report cannot be written to {dest}: {error}") from None
+    return [dest / name for name in content]
+
+
+class _Run:
+    """A run's folder, opened: its plan and its committed shards."""
+
+    def __init__(self, out: AnyPath) -> None:
+        self.out, paths = out, RunPaths(out)
+        info, self.plan = read_info(paths), read_plan(paths.plan)
+        if "formats" not in info.config:
+            raise RunError(f"{out} has no masks to report on: it is no run of shards")
+        self.stage = info.stage
+        source = "automatic" if info.stage == "auto" else info.config.get("source")
+        self.key: Key = (source or "unknown", info.config.get("round"))
+        self.markers = read_markers(paths, range(len(self.plan)))
+        if not self.markers:
+            raise RunError(
+                f"{out} has no finished shard: none of {len(self.plan)}; run it first, or see "
+                f"sa-engine status {out}"
+            )
+
+    @property
+    def masks(self) -> int:
+        return sum(stats.counts.get("masks", 0) for stats in self.markers.values())
+
+
+def _figures(name: str, runs: list[_Run]) -> Figures:
+    masks = sum(run.masks for run in runs)
+    return Figures(name, share=min(1.0, HULLS / masks) if masks else 1.0)
+
+
+def _read(run: _Run, figures: Figures, table: StageTable | None) -> dict[str, Any]:
+    """Take a run's records in; gives what there is to say of it."""
+    images = masks = 0
+    shards = tqdm(
+        run.markers.items(), unit="shard", desc=run.out.name, disable=not sys.stderr.isatty()
+    )
+    for index, stats in shards:
+        if not stats.files:
+            continue
+        for record in shard_records(run.out, run.plan[index], stats):
+            images, masks = images + 1, masks + len(record.masks)
+            figures.add(record)
+            if table is not None:
+                table.add(str(run.out), record, run.key)
+    return {
+        "dir": str(run.out),
+        "stage": run.stage,
+        "shards": len(run.plan),
+        "missing_shards": len(run.plan) - len(run.markers),
+        "images": images,
+        "masks": masks,
+        "compared": False,
+    }
