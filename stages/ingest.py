@@ -6,6 +6,8 @@ pixels of the upright photo, as they are: overlaps and holes stay, nothing is cl
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +25,10 @@ from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
 from sa_engine.rle import RLE
-from sa_engine.run_dir import planned_keys
+from sa_engine.run_dir import images_folder, planned_keys
+from sa_engine.storage import AnyPath, sha256_file
 
+_READERS = 8
 _MEMORY = 1_500_000_000
 _SIDEWAYS = (5, 6, 7, 8)
 
@@ -217,8 +221,28 @@ def matched(config: IngestConfig) -> dict[str, tuple[AnnotatedImage, Parsed]]:
     parsed = read_annotations(Path(config.annotations), name)
     images = [image for one in parsed for image in one.images]
     of = {id(image): one for one in parsed for image in one.images}
-    found = match_images(images, planned_keys(config), config.allow_unmatched)
+    found = match_images(
+        images,
+        planned_keys(config),
+        config.allow_unmatched,
+        lambda keys: hash_photos(images_folder(config), keys),
+    )
     return {key: (image, of[id(image)]) for key, image in found.items()}
+
+
+def hash_photos(folder: AnyPath, keys: Sequence[str]) -> list[str | None]:
+    """Sha256 (hex) of photos below a folder; None where one cannot be read, which the run will tell."""
+
+    def sha256(key: str) -> str | None:
+        path = folder / key
+        try:
+            # To open a device may start it, and a pipe would wait for ever.
+            return None if isinstance(path, Path) and not path.is_file() else sha256_file(path)
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(sha256, keys))
 
 
 def run(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.Report:

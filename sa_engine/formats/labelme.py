@@ -7,6 +7,7 @@ at the border, as in labelme.
 """
 
 import base64
+import hashlib
 import io
 import math
 import sys
@@ -95,8 +96,19 @@ def read(content: Any, source: str) -> Parsed:
             for (label, group), patches in parts.items()
         ),
         source=source,
+        sha256=_sha256(content.get("imageData")),
     )
     return Parsed(format=NAME, tool=_tool(content), images=(image,), left_out=dict(left_out))
+
+
+def _sha256(value: Any) -> str | None:
+    """Of the picture in `imageData`; None if there is none, or if it is damaged."""
+    if not isinstance(value, str) or not value:
+        return None
+    try:
+        return hashlib.sha256(base64.b64decode(value, validate=True)).hexdigest()
+    except ValueError:
+        return None
 
 
 def _thing(shape: Any, index: int, where: str) -> tuple[str | None, Any]:
