@@ -1,7 +1,8 @@
 """Assisted-manual stage (paper §4, stage 1): masks that annotators drew, in the tool of their choice, into shards.
 
 What a tool wrote is read by ``sa_engine/formats``; each annotated image finds its photo by name, and its masks become
-pixels of the upright photo, as they are: overlaps and holes stay, nothing is clipped, only exact doubles go.
+pixels of the upright photo, as they are: overlaps and holes stay, nothing is clipped. What does not come in, because it
+is an exact double, has no pixel, or is a crowd, is counted and listed.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from sa_engine.formats.matching import match_images
 from sa_engine.formats.model import AnnotatedImage, Annotation, FormatError, Parsed, Runs
 from sa_engine.formats.raster import rasterize
 from sa_engine.images import decode_image, encode_jpeg, read_orientation, upright_mask
-from sa_engine.partial import Finished, finished_record
+from sa_engine.partial import LEFT_OUT, Failure, Finished, finished_record, one_line
 from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
 from sa_engine.rle import RLE
@@ -46,7 +47,7 @@ class Drawn(NamedTuple):
 
     photo: Decoded
     masks: list[tuple[Annotation, RLE]]
-    counts: dict[str, int]
+    left_out: list[Failure]
 
 
 @dataclass
@@ -103,29 +104,33 @@ class IngestWorker:
         return Decoded(image, read_orientation(data), hashlib.sha256(data).hexdigest())
 
     def process(self, item: PlannedImage, prepared: Decoded) -> Drawn:
-        """Make pixels of all masks; leave out exact doubles, and crowds if they are not wanted."""
+        """Make pixels of all masks; leave out exact doubles, empty ones, and crowds if they are not wanted."""
         annotated, parsed = self.matched[item.key]
-        counts: Counter[str] = Counter()
         masks: list[tuple[Annotation, RLE]] = []
-        seen: set[str] = set()
+        left_out: list[Failure] = []
+        seen: dict[str, str] = {}
         keep_crowds = self.crowds_kept[id(parsed)]
+
+        def leave_out(kind: str, why: str) -> None:
+            left_out.append(_left_out(item, kind, f"{why} ({annotated.source})"))
+
         for index, annotation in enumerate(annotated.annotations):
-            where = f"{annotated.source}: mask {annotation.original_id or f'number {index}'}"
+            which = f"mask {annotation.original_id or f'number {index}'}"
             if annotation.crowd and not keep_crowds:
-                counts["crowds left out"] += 1
+                leave_out("crowds", f"{which} is a crowd")
                 continue
             try:
                 mask = upright(annotation, annotated, prepared)
             except FormatError as error:
-                raise FormatError(f"{where}: {error}") from None
+                raise FormatError(f"{annotated.source}: {which}: {error}") from None
             if rle.area(mask) == 0:
-                raise FormatError(f"{where} is empty: it has no pixel")
-            if mask["counts"] in seen:
-                counts["doubles left out"] += 1
-                continue
-            seen.add(mask["counts"])
-            masks.append((annotation, mask))
-        return Drawn(prepared, masks, dict(counts))
+                leave_out("empty masks", f"{which} has no pixel")
+            elif mask["counts"] in seen:
+                leave_out("doubles", f"{which} is the same as {seen[mask['counts']]}")
+            else:
+                seen[mask["counts"]] = which
+                masks.append((annotation, mask))
+        return Drawn(prepared, masks, left_out)
 
     def finish(self, item: PlannedImage, result: Drawn) -> Finished:
         """Make the record and the released JPEG."""
@@ -145,8 +150,7 @@ class IngestWorker:
         jpeg = None
         if self.config.write_images:
             jpeg = encode_jpeg(result.photo.image, self.config.jpeg_quality)
-        finished = finished_record(record, jpeg)
-        return replace(finished, counts={**finished.counts, **result.counts})
+        return finished_record(record, jpeg, left_out=result.left_out)
 
     def _record(
         self, item: PlannedImage, index: int, annotation: Annotation, mask: RLE
@@ -173,6 +177,17 @@ class IngestWorker:
             z_order=annotation.z_order,
             original_id=annotation.original_id,
         )
+
+
+def _left_out(item: PlannedImage, kind: str, message: str) -> Failure:
+    return Failure(
+        key=item.key,
+        image_id=item.image_id,
+        status=LEFT_OUT,
+        step="process",
+        error=kind,
+        message=one_line(message),
+    )
 
 
 def keeps_crowds(parsed: Parsed, crowd: str) -> bool:
