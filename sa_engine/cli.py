@@ -365,7 +365,7 @@ def status(run: str, watch: bool, as_json: bool) -> None:
 @click.option("--list", "listed", is_flag=True, help="Every image with its reason.")
 @click.option("--json", "as_json", is_flag=True, help="Every image as a line of JSON.")
 def errors(run: str, listed: bool, as_json: bool) -> None:
-    """Say which images failed or were skipped, and why."""
+    """Say which images failed or were skipped, which masks were left out, and why."""
     from sa_engine import failures
     from sa_engine.storage import location
 
@@ -375,10 +375,13 @@ def errors(run: str, listed: bool, as_json: bool) -> None:
             click.echo(json.dumps(vars(failure)))
     elif listed:
         for failure in found:
-            click.echo(f"{failure.status}\t{failures.printable(failure.key)}\t{failure.message}")
+            key, message = map(failures.printable, (failure.key, failure.message))
+            click.echo(f"{failure.status}\t{key}\t{message}")
     elif found:
         click.echo(failures.table(failures.by_reason(found)))
-        click.echo("\nsa-engine errors --list names every image; --retry-failed tries them again")
+        retry = any(failure.status == "failed" for failure in found)
+        again = "; --retry-failed tries the failed ones again" * retry
+        click.echo(f"\nsa-engine errors --list names every image{again}")
     else:
         click.echo("no image has failed or was skipped")
 

@@ -1,11 +1,11 @@
-"""The images that a run could not do, by reason."""
+"""The images that a run could not do and the masks that it left out, by reason."""
 
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from sa_engine.partial import Failure
+from sa_engine.partial import LEFT_OUT, Failure
 from sa_engine.plan import read_plan, shard_name
 from sa_engine.reader import read_failures
 from sa_engine.shards import read_markers
@@ -17,17 +17,17 @@ _MESSAGE = 70  # characters of a reason in the table
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """Images that ended for one reason.
+    """Images that ended for one reason, or of which something was left out for one.
 
     Attributes:
         count: of the images.
-        status: "failed" or "skipped".
-        step: in which it happened.
-        error: class of the exception.
+        lines: of the run's errors: one for each image, or for each mask that was left out.
+        status, step, error: as in `Failure`.
         example: the first of them.
     """
 
     count: int
+    lines: int
     status: str
     step: str
     error: str
@@ -35,27 +35,29 @@ class Reason:
 
 
 def list_failures(out: AnyPath) -> list[Failure]:
-    """All failed and skipped images of a run's committed shards, in the order of the plan.
+    """All failed and skipped images of a run's committed shards and what was left out, in the plan's order.
 
     Raises RunError if there is no run.
     """
     paths = find_run(out)
     markers = read_markers(paths, range(len(read_plan(paths.plan))))
-    names = [shard_name(index) for index, s in markers.items() if s.failed or s.skipped]
+    names = [shard_name(index) for index, stats in markers.items() if stats.errors_sha256]
     with ThreadPoolExecutor(_READERS) as readers:
         found = readers.map(lambda name: read_failures(paths, name), names)
         return [failure for failures in found for failure in failures]
 
 
 def by_reason(failures: Iterable[Failure]) -> list[Reason]:
-    """Group failures whose messages differ in numbers only, the most frequent first."""
+    """Group failures whose messages differ in numbers only, the most frequent first; what was left out by its kind."""
     groups: dict[tuple[str, ...], list[Failure]] = {}
     for failure in failures:
-        kind = re.sub(r"0x[0-9a-f]+|\d+", "#", failure.message)
+        said = "" if failure.status == LEFT_OUT else failure.message
+        kind = re.sub(r"0x[0-9a-f]+|\d+", "#", said)
         groups.setdefault((failure.status, failure.step, failure.error, kind), []).append(failure)
     reasons = [
         Reason(
-            count=len(members),
+            count=len({member.key for member in members}),
+            lines=len(members),
             status=members[0].status,
             step=members[0].step,
             error=members[0].error,
@@ -70,7 +72,9 @@ def table(reasons: Iterable[Reason]) -> str:
     """The reasons as a table for a person."""
     rows = [("images", "status", "step", "reason", "for example")]
     for reason in reasons:
-        message = reason.example.message
+        message = printable(reason.example.message)
+        if reason.status == LEFT_OUT:
+            message = f"{reason.lines:,} {reason.error}: {message}"
         shown = message if len(message) <= _MESSAGE else f"{message[: _MESSAGE - 3]}..."
         key = printable(reason.example.key)
         rows.append((f"{reason.count:,}", reason.status, reason.step, shown, key))
@@ -81,6 +85,6 @@ def table(reasons: Iterable[Reason]) -> str:
     )
 
 
-def printable(key: str) -> str:
-    """A file name in one line: as it is, or quoted if it has line breaks and the like."""
-    return key if key.isprintable() else repr(key)
+def printable(text: str) -> str:
+    """A file name or a message in one line: as it is, or quoted if it has line breaks and the like."""
+    return text if text.isprintable() else repr(text)

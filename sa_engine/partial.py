@@ -7,7 +7,7 @@ together to a shard. It is checked when it is read, so writing it need not wait 
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,18 +18,21 @@ from sa_engine.storage import RunPaths, atomic_write, list_names, sweep
 
 _FINISHED, _FAILED = ".done", ".failed"
 _BREADCRUMBS = "inflight.json"
+_MESSAGE_LENGTH = 500
+LEFT_OUT = "left out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """An image that ended without a record, and why: a line of `_run/errors/<shard>.jsonl`.
+    """What is not in the records, and why: a line of `_run/errors/<shard>.jsonl`.
 
     Attributes:
         key: of the image in the plan.
         image_id: of the image in the plan.
-        status: "failed", or "skipped" if a stage left it out on purpose.
+        status: "failed"; "skipped" if a stage left the image out on purpose; or `LEFT_OUT`: the image
+            has a record, and this of it is not there.
         step: "read", "prepare", "process" or "finish".
-        error: class of the exception, or "WorkerDied".
+        error: class of the exception, or "WorkerDied"; of what was left out, its kind, such as "empty masks".
         message: what it said, in one line.
         attempts: how often the image was tried.
     """
@@ -42,6 +45,15 @@ class Failure:
     message: str
     attempts: int = 1
 
+    @property
+    def counted_as(self) -> str:
+        """The name under which `Finished.counts` has what was left out."""
+        return f"{self.error} {LEFT_OUT}"
+
+    def to_line(self) -> bytes:
+        """The line."""
+        return json.dumps(vars(self)).encode() + b"\n"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
@@ -52,7 +64,7 @@ class Finished:
         counts: what was found in it, such as {"masks": 12}.
         parts: of which its shard is made: "row" (its record, one row of `records.ARROW_SCHEMA` as an
             Arrow stream), "sa1b" (the record as SA-1B's JSON), "jpeg" (its picture), "audit" (a line
-            of JSON that says what was redacted).
+            of JSON that says what was redacted), "left_out" (lines, a `Failure` each).
         released: files of the output that are an image's own, by their path there. They are put in
             place when the image ends and are not kept with its parts.
     """
@@ -70,9 +82,18 @@ class Finished:
 
 
 def finished_record(
-    record: ImageRecord, jpeg: bytes | None, audit: Mapping[str, Any] | None = None
+    record: ImageRecord,
+    jpeg: bytes | None,
+    audit: Mapping[str, Any] | None = None,
+    left_out: Sequence[Failure] = (),
 ) -> Finished:
-    """A finished image that has masks; `audit` says what was redacted in it, if it was.
+    """A finished image that has masks.
+
+    Args:
+        record: of the image.
+        jpeg: its picture, if the run keeps pictures.
+        audit: what was redacted in it, if it was.
+        left_out: what was found and is not in the record.
 
     Raises RecordError or ValueError for a record that cannot be written.
     """
@@ -85,10 +106,15 @@ def finished_record(
         "sa1b": sa1b_json(record),
         "jpeg": jpeg,
         "audit": None if audit is None else to_line(audit),
+        "left_out": b"".join(one.to_line() for one in left_out) or None,
     }
     return Finished(
         image_id=record.image_id,
-        counts={"masks": len(record.masks), **(audit or {}).get("counts", {})},
+        counts={
+            "masks": len(record.masks),
+            **(audit or {}).get("counts", {}),
+            **Counter(one.counted_as for one in left_out),
+        },
         parts={name: part for name, part in parts.items() if part is not None},
     )
 
@@ -103,6 +129,11 @@ def finished_redaction(
         parts={"audit": to_line(audit)},
         released=released or {},
     )
+
+
+def one_line(message: str) -> str:
+    """What a `Failure` says, in one line that is not too long."""
+    return " ".join(message.split())[:_MESSAGE_LENGTH]
 
 
 def to_line(content: Mapping[str, Any]) -> bytes:
@@ -152,7 +183,7 @@ class PartialShard:
 
     def fail(self, failure: Failure) -> None:
         """Store an image that ended without a record."""
-        self._write(f"{failure.image_id}{_FAILED}", json.dumps(vars(failure)).encode())
+        self._write(f"{failure.image_id}{_FAILED}", failure.to_line())
 
     def load(self, image_id: int) -> Finished | Failure | None:
         """How an image ended; None if it has not, or if its file is damaged."""

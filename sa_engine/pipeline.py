@@ -12,12 +12,11 @@ from sa_engine.config import RunConfig
 from sa_engine.errors import SaEngineError
 from sa_engine.listing import size_and_mtime_ns
 from sa_engine.lock import read_lock
-from sa_engine.partial import Breadcrumbs, Failure, Finished, PartialShard
+from sa_engine.partial import Breadcrumbs, Failure, Finished, PartialShard, one_line
 from sa_engine.plan import PlannedImage
 from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write, is_disk_error
 from sa_engine.tree import tree_scratch, withdraw
 
-_MESSAGE_LENGTH = 500
 # More than the pixels of the largest picture that is decoded, with 16 bits a sample.
 _LARGEST_FILE = 4_000_000_000
 
@@ -168,7 +167,7 @@ class Pipeline:
                 status="skipped" if isinstance(error, SkipImage) else "failed",
                 step=step,
                 error=type(error).__name__,
-                message=" ".join(str(error).split())[:_MESSAGE_LENGTH],
+                message=one_line(str(error)),
                 attempts=self._attempts.get(image.image_id, 0) + 1,
             )
 
@@ -194,7 +193,8 @@ class Pipeline:
         missing = [name for name in needed if name not in finished.parts]
         if missing:
             raise ValueError(f"the stage made no {missing[0]}, which the shards need")
-        parts = {name: part for name, part in finished.parts.items() if name in (*needed, "audit")}
+        kept = (*needed, "audit", "left_out")
+        parts = {name: part for name, part in finished.parts.items() if name in kept}
         return replace(finished, parts=parts)
 
     def _release(self, image: PlannedImage, finished: Finished) -> Finished:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +12,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from sa_engine.partial import Failure, PartialShard, finished_record, finished_redaction
+from sa_engine.partial import (
+    LEFT_OUT,
+    Failure,
+    PartialShard,
+    finished_record,
+    finished_redaction,
+)
 from sa_engine.plan import Shard, read_plan, shard_name
 from sa_engine.records import ImageRecord, from_sa1b, from_table, image_name
 from sa_engine.shards import ShardStats, read_markers
@@ -21,19 +28,22 @@ _BUFFER = 1 << 22  # bytes
 
 
 def read_failures(paths: RunPaths, name: str) -> list[Failure]:
-    """The images of a committed shard that failed or were skipped."""
+    """The images of a committed shard that failed or were skipped, and what was left out of others."""
     try:
-        lines = paths.errors(name).read_bytes().splitlines()
+        return _failures(paths.errors(name).read_bytes())
     except FileNotFoundError:
         return []
-    return [Failure(**json.loads(line)) for line in lines]
+
+
+def _failures(content: bytes) -> list[Failure]:
+    return [Failure(**json.loads(line)) for line in content.splitlines()]
 
 
 def reopen_shard(paths: RunPaths, shard: Shard) -> dict[int, int]:
     """Make a committed shard unfinished again, so that its failed images can be retried.
 
-    Its finished and skipped images go back into its `PartialShard`, then its marker is removed. A
-    kill in between leaves it committed.
+    Its finished and skipped images go back into its `PartialShard`, with what was left out of them,
+    then its marker is removed. A kill in between leaves it committed.
 
     Returns:
         How often each failed image has been tried, by id.
@@ -46,15 +56,19 @@ def reopen_shard(paths: RunPaths, shard: Shard) -> dict[int, int]:
         if sha256_file(paths.shards / name) != file["sha256"]:
             raise RunError(f"{paths.shards / name} was changed: its sha256 is not its marker's")
     audit = read_audit(paths, shard.name, stats)
+    failures = _failures(_read_beside(paths.errors(shard.name), stats.errors_sha256))
     store = PartialShard(paths, shard.name)
     store.remove()
-    failures = read_failures(paths, shard.name)
+    left_out: dict[int, list[Failure]] = defaultdict(list)
     for failure in failures:
         if failure.status == "skipped":
             store.fail(failure)
+        elif failure.status == LEFT_OUT:
+            left_out[failure.image_id].append(failure)
     if stats.files:
         for record, jpeg in iter_contents(paths.out, shard, stats):
-            store.save(finished_record(record, jpeg, audit.get(record.image_id)))
+            number = record.image_id
+            store.save(finished_record(record, jpeg, audit.get(number), left_out[number]))
     else:
         for line in audit.values():
             store.save(finished_redaction(line))
@@ -67,14 +81,19 @@ def read_audit(paths: RunPaths, name: str, stats: ShardStats) -> dict[int, dict[
 
     Raises RunError if the file is not what the marker says.
     """
-    if stats.audit_sha256 is None:
-        return {}
-    path = paths.audit(name)
-    content = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(content).hexdigest() != stats.audit_sha256:
-        raise RunError(f"{path} was changed or is missing: its sha256 is not its marker's")
+    content = _read_beside(paths.audit(name), stats.audit_sha256)
     lines = (json.loads(line) for line in content.splitlines())
     return {line["image_id"]: line for line in lines}
+
+
+def _read_beside(path: AnyPath, sha256: str | None) -> bytes:
+    """A file that belongs to a shard; nothing if its marker knows none."""
+    if sha256 is None:
+        return b""
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise RunError(f"{path} was changed or is missing: its sha256 is not its marker's")
+    return content
 
 
 def iter_records(out: AnyPath) -> Iterator[ImageRecord]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sa_engine.errors import TooManyFailures
+from sa_engine.partial import LEFT_OUT
 from sa_engine.resources import DiskSpace, Resources
 from sa_engine.shards import ShardStats
 from sa_engine.storage import AnyPath, RunError, RunPaths
@@ -108,14 +109,18 @@ class Report:
                 *(f"{n:,} {kind}{per_image(n, self.ok)}" for kind, n in self.counts.items()),
                 speed if self.processed else "nothing was left to do",
                 f"output: {self.out}",
-                *(
-                    [
-                        f"reasons of failures: sa-engine errors {shlex.quote(str(self.name or self.out))}"
-                    ]
-                    * bool(self.failed)
-                ),
+                *self._see(),
             ]
         )
+
+    def _see(self) -> list[str]:
+        """Where the reasons are of what is not there."""
+        command = f"sa-engine errors {shlex.quote(str(self.name or self.out))}"
+        if self.failed:
+            return [f"reasons of failures: {command}"]
+        if any(kind.endswith(LEFT_OUT) for kind in self.counts):
+            return [f"what was left out: {command}"]
+        return []
 
 
 def add_counts(stats: Iterable[ShardStats]) -> dict[str, int]:

@@ -231,7 +231,8 @@ def refresh_failed(
     images = images_folder(config)
     now = {}
     for index in shards:
-        failed = {f.image_id for f in read_failures(paths, shard_name(index))}
+        failures = read_failures(paths, shard_name(index))
+        failed = {f.image_id for f in failures if f.status == "failed"}
         for image in planned.plan[index].images:
             if image.image_id in failed:
                 found = _look_at(images / image.key)

@@ -16,7 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from sa_engine.checked_files import BLOCK, HashedFile, ParquetRecords
 from sa_engine.checks import Tally, check_record, difference, order_problem
-from sa_engine.partial import Failure
+from sa_engine.partial import LEFT_OUT, Failure
 from sa_engine.plan import Shard
 from sa_engine.reader import read_failures
 from sa_engine.records import ImageRecord, from_sa1b, image_name, sa1b_json, to_sa1b
@@ -110,7 +110,7 @@ def _check_failures(task: ShardTask, stats: ShardStats, tally: Tally) -> set[int
         said = stats.errors_sha256
         if said is not None and sha256_file(task.paths.errors(task.shard.name)) != said:
             tally.add(file, f"its sha256 is not {said}, which its marker says")
-        ids = [failure.image_id for failure in failures]
+        ids = [failure.image_id for failure in failures if failure.status != LEFT_OUT]
         if ids != sorted(set(ids)):
             tally.add(file, f"lists images {ids}, expected each once, in the plan's order")
         for failure in failures:
@@ -125,12 +125,27 @@ def _check_failures(task: ShardTask, stats: ShardStats, tally: Tally) -> set[int
         if (counts["failed"], counts["skipped"]) != (stats.failed, stats.skipped):
             found = f"{counts['failed']} failed and {counts['skipped']} skipped images"
             tally.add(file, f"has {found}, its marker says {stats.failed} and {stats.skipped}")
+        tally.add(file, _left_out_problem(failures, ids, stats))
     return set(ids) if len(tally.problems) == before else None
+
+
+def _left_out_problem(failures: list[Failure], ended: list[int], stats: ShardStats) -> str | None:
+    """What is wrong with the lines on what was left out of images that have a record; None: nothing."""
+    left_out = [failure for failure in failures if failure.status == LEFT_OUT]
+    both = sorted({failure.image_id for failure in left_out}.intersection(ended))
+    if both:
+        return f"says of images {both} that they ended without a record, and that something was left out of them"
+    listed = [failure.image_id for failure in failures]
+    if listed != sorted(listed):
+        return f"lists images {listed}, expected the plan's order"
+    found = dict(Counter(failure.counted_as for failure in left_out))
+    said = {kind: n for kind, n in stats.counts.items() if kind.endswith(LEFT_OUT)}
+    return None if found == said else f"has {found}, its marker says {said}"
 
 
 def _is_sound(failure: Failure) -> bool:
     return (
-        failure.status in ("failed", "skipped")
+        failure.status in ("failed", "skipped", LEFT_OUT)
         and failure.step in _STEPS
         and isinstance(failure.error, str)
         and failure.error != ""

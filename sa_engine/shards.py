@@ -54,7 +54,7 @@ class ShardStats:
         counts: what was found in the ok images, such as {"masks": 120}.
         seconds: that the session which committed the shard worked on it.
         files: name -> {"sha256": hex, "bytes": size}.
-        errors_sha256: hex, of the run's `errors/<shard>.jsonl`; None if every image is ok.
+        errors_sha256: hex, of the run's `errors/<shard>.jsonl`; None if every image is ok and whole.
         audit_sha256: hex, of the run's `audit/<shard>.jsonl`; None if nothing is redacted.
     """
 
@@ -104,20 +104,18 @@ def commit_shard(
     folder = paths.scratch / f"{shard.name}.{uuid.uuid4().hex}"
     folder.mkdir(parents=True)
     built = [folder / f"{shard.name}.{suffix}" for suffix in formats]
-    ok, counts, failures, audit = _build(store, shard, built)
-    skipped = sum(failure.status == "skipped" for failure in failures)
-    if ok + len(failures) != len(shard.images):
+    ended, counts, errors, audit = _build(store, shard, built)
+    if ended.total() != len(shard.images):
         raise RunError(
-            f"shard {shard.name} has {ok} finished and {len(failures)} failed or skipped of "
-            f"{len(shard.images)} planned images: {store.folder} was changed; run again"
+            f"shard {shard.name} has {ended['ok']} finished and {ended.total() - ended['ok']} failed or "
+            f"skipped of {len(shard.images)} planned images: {store.folder} was changed; run again"
         )
-    errors = "".join(json.dumps(vars(failure)) + "\n" for failure in failures).encode()
     stats = ShardStats(
         name=shard.name,
         planned=len(shard.images),
-        ok=ok,
-        skipped=skipped,
-        failed=len(failures) - skipped,
+        ok=ended["ok"],
+        skipped=ended["skipped"],
+        failed=ended["failed"],
         counts=dict(counts),
         seconds=round(seconds, 3),
         files={
@@ -146,28 +144,30 @@ def _place_beside(path: AnyPath, content: bytes, folder: Path, private: bool = F
 
 def _build(
     store: PartialShard, shard: Shard, files: Sequence[Path]
-) -> tuple[int, Counter[str], list[Failure], bytes]:
+) -> tuple[Counter[str], Counter[str], bytes, bytes]:
     """Write the finished images into `files`.
 
-    Returns their number, what was found in them, the other images, and the audit.
+    Returns how the images ended, what was found in them, what is not in the records, and the audit.
     """
-    ok = 0
+    ended: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    failures: list[Failure] = []
+    errors: list[bytes] = []
     audit: list[bytes] = []
     with ExitStack() as stack:
         sinks = [stack.enter_context(_SINKS[path.suffix](path)) for path in files]
         for image in shard.images:
             outcome = store.load(image.image_id)
             if isinstance(outcome, Failure):
-                failures.append(outcome)
+                ended[outcome.status] += 1
+                errors.append(outcome.to_line())
             elif outcome is not None:
-                ok += 1
+                ended["ok"] += 1
                 counts.update(outcome.counts)
+                errors.append(outcome.parts.get("left_out", b""))
                 audit.append(outcome.parts.get("audit", b""))
                 for add in sinks:
                     add(outcome)
-    return ok, counts, failures, b"".join(audit)
+    return ended, counts, b"".join(errors), b"".join(audit)
 
 
 def committed_shards(paths: RunPaths) -> set[int]:

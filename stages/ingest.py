@@ -1,11 +1,14 @@
 """Assisted-manual stage (paper §4, stage 1): masks that annotators drew, in the tool of their choice, into shards.
 
 What a tool wrote is read by ``sa_engine/formats``; each annotated image finds its photo by name, and its masks become
-pixels of the upright photo, as they are: overlaps and holes stay, nothing is clipped, only exact doubles go.
+pixels of the upright photo, as they are: overlaps and holes stay, nothing is clipped. What does not come in, because it
+is an exact double, has no pixel, or is a crowd, is counted and listed.
 """
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +22,14 @@ from sa_engine.formats.matching import match_images
 from sa_engine.formats.model import AnnotatedImage, Annotation, FormatError, Parsed, Runs
 from sa_engine.formats.raster import rasterize
 from sa_engine.images import decode_image, encode_jpeg, read_orientation, upright_mask
-from sa_engine.partial import Finished, finished_record
+from sa_engine.partial import LEFT_OUT, Failure, Finished, finished_record, one_line
 from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
 from sa_engine.rle import RLE
-from sa_engine.run_dir import planned_keys
+from sa_engine.run_dir import images_folder, planned_keys
+from sa_engine.storage import AnyPath, sha256_file
 
+_READERS = 8
 _MEMORY = 1_500_000_000
 _SIDEWAYS = (5, 6, 7, 8)
 
@@ -42,7 +47,7 @@ class Drawn(NamedTuple):
 
     photo: Decoded
     masks: list[tuple[Annotation, RLE]]
-    counts: dict[str, int]
+    left_out: list[Failure]
 
 
 @dataclass
@@ -99,29 +104,33 @@ class IngestWorker:
         return Decoded(image, read_orientation(data), hashlib.sha256(data).hexdigest())
 
     def process(self, item: PlannedImage, prepared: Decoded) -> Drawn:
-        """Make pixels of all masks; leave out exact doubles, and crowds if they are not wanted."""
+        """Make pixels of all masks; leave out exact doubles, empty ones, and crowds if they are not wanted."""
         annotated, parsed = self.matched[item.key]
-        counts: Counter[str] = Counter()
         masks: list[tuple[Annotation, RLE]] = []
-        seen: set[str] = set()
+        left_out: list[Failure] = []
+        seen: dict[str, str] = {}
         keep_crowds = self.crowds_kept[id(parsed)]
+
+        def leave_out(kind: str, why: str) -> None:
+            left_out.append(_left_out(item, kind, f"{why} ({annotated.source})"))
+
         for index, annotation in enumerate(annotated.annotations):
-            where = f"{annotated.source}: mask {annotation.original_id or f'number {index}'}"
+            which = f"mask {annotation.original_id or f'number {index}'}"
             if annotation.crowd and not keep_crowds:
-                counts["crowds left out"] += 1
+                leave_out("crowds", f"{which} is a crowd")
                 continue
             try:
                 mask = upright(annotation, annotated, prepared)
             except FormatError as error:
-                raise FormatError(f"{where}: {error}") from None
+                raise FormatError(f"{annotated.source}: {which}: {error}") from None
             if rle.area(mask) == 0:
-                raise FormatError(f"{where} is empty: it has no pixel")
-            if mask["counts"] in seen:
-                counts["doubles left out"] += 1
-                continue
-            seen.add(mask["counts"])
-            masks.append((annotation, mask))
-        return Drawn(prepared, masks, dict(counts))
+                leave_out("empty masks", f"{which} has no pixel")
+            elif mask["counts"] in seen:
+                leave_out("doubles", f"{which} is the same as {seen[mask['counts']]}")
+            else:
+                seen[mask["counts"]] = which
+                masks.append((annotation, mask))
+        return Drawn(prepared, masks, left_out)
 
     def finish(self, item: PlannedImage, result: Drawn) -> Finished:
         """Make the record and the released JPEG."""
@@ -141,8 +150,7 @@ class IngestWorker:
         jpeg = None
         if self.config.write_images:
             jpeg = encode_jpeg(result.photo.image, self.config.jpeg_quality)
-        finished = finished_record(record, jpeg)
-        return replace(finished, counts={**finished.counts, **result.counts})
+        return finished_record(record, jpeg, left_out=result.left_out)
 
     def _record(
         self, item: PlannedImage, index: int, annotation: Annotation, mask: RLE
@@ -169,6 +177,17 @@ class IngestWorker:
             z_order=annotation.z_order,
             original_id=annotation.original_id,
         )
+
+
+def _left_out(item: PlannedImage, kind: str, message: str) -> Failure:
+    return Failure(
+        key=item.key,
+        image_id=item.image_id,
+        status=LEFT_OUT,
+        step="process",
+        error=kind,
+        message=one_line(message),
+    )
 
 
 def keeps_crowds(parsed: Parsed, crowd: str) -> bool:
@@ -217,8 +236,28 @@ def matched(config: IngestConfig) -> dict[str, tuple[AnnotatedImage, Parsed]]:
     parsed = read_annotations(Path(config.annotations), name)
     images = [image for one in parsed for image in one.images]
     of = {id(image): one for one in parsed for image in one.images}
-    found = match_images(images, planned_keys(config), config.allow_unmatched)
+    found = match_images(
+        images,
+        planned_keys(config),
+        config.allow_unmatched,
+        lambda keys: hash_photos(images_folder(config), keys),
+    )
     return {key: (image, of[id(image)]) for key, image in found.items()}
+
+
+def hash_photos(folder: AnyPath, keys: Sequence[str]) -> list[str | None]:
+    """Sha256 (hex) of photos below a folder; None where one cannot be read, which the run will tell."""
+
+    def sha256(key: str) -> str | None:
+        path = folder / key
+        try:
+            # To open a device may start it, and a pipe would wait for ever.
+            return None if isinstance(path, Path) and not path.is_file() else sha256_file(path)
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(sha256, keys))
 
 
 def run(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.Report:

@@ -1,5 +1,6 @@
 """`sa-engine ingest` end to end: annotators' masks into shards, to the pixel, or refused with the reason."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -159,12 +160,108 @@ def test_masks_of_another_size_cost_their_photo(images: Path) -> None:
     assert list(records(images)) == [NAMES[1]]
 
 
-def test_an_empty_mask_is_told(images: Path) -> None:
+EMPTY = uncompressed(np.zeros((HEIGHT, WIDTH), bool))
+
+
+def with_something_of_all() -> dict[str, Any]:
+    """Seven masks on the first photo: two are empty, one is a double, one is a crowd."""
     content = annotations()
-    content["annotations"][2]["segmentation"] = uncompressed(np.zeros((HEIGHT, WIDTH), bool))
-    assert ingest(images, content).exit_code == 3
-    told = CliRunner().invoke(main, ["errors", "--list", str(images.parent / "out")]).output
-    assert "mask 102 is empty" in told
+    content["annotations"][1]["segmentation"] = content["annotations"][3]["segmentation"] = EMPTY
+    double = {**content["annotations"][0], "id": 200}
+    content["annotations"] += [double, {**content["annotations"][2], "id": 300, "iscrowd": 1}]
+    return content
+
+
+def command(images: Path, name: str, *more: str) -> str:
+    result = CliRunner().invoke(main, [name, str(images.parent / "out"), *more])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_empty_masks_are_left_out_and_listed(images: Path) -> None:
+    result = ingest(images, with_something_of_all(), "--crowd=drop")
+    assert result.exit_code == 0, result.output
+    assert "2 images: 2 ok, 0 skipped, 0 failed" in result.output
+    for line in ("3 masks", "2 empty masks left out", "1 doubles left out", "1 crowds left out"):
+        assert f"\n{line}, " in result.output
+    assert f"what was left out: sa-engine errors {images.parent / 'out'}" in result.output
+    found = records(images)[NAMES[0]].masks
+    assert [mask.original_id for mask in found] == ["100", "102", "104"]
+    file = images.parent / "export.json"
+    assert command(images, "errors", "--list").splitlines() == [
+        f"left out\t{NAMES[0]}\tmask {said} ({file})"
+        for said in (
+            "101 has no pixel",
+            "103 has no pixel",
+            "200 is the same as mask 100",
+            "300 is a crowd",
+        )
+    ]
+    rows = [json.loads(line) for line in command(images, "errors", "--json").splitlines()]
+    assert [(row["key"], row["error"]) for row in rows][1:3] == [
+        (NAMES[0], "empty masks"),
+        (NAMES[0], "doubles"),
+    ]
+    table = command(images, "errors").splitlines()
+    assert table[1].startswith("1       left out  process  2 empty masks: mask 101 has no pixel (")
+    assert "--retry-failed" not in table[-1]
+    assert "empty masks left out 2" in command(images, "status")
+    assert "no problem found" in command(images, "verify")
+    assert (
+        "nothing was left to do" in ingest(images, with_something_of_all(), "--crowd=drop").output
+    )
+
+
+def test_a_retry_keeps_what_was_left_out(images: Path) -> None:
+    """A shard that is reopened for one failed photo is, in the end, that of a run without failures."""
+    photo = images / NAMES[1]
+    good = photo.read_bytes()
+    photo.write_bytes(good[:60])
+    result = ingest(images, with_something_of_all(), "--crowd=drop")
+    assert result.exit_code == 3 and "1 of 2 images failed" in result.stderr
+    assert "no problem found" in command(images, "verify")
+    photo.write_bytes(good)
+    again = ingest(images, with_something_of_all(), "--crowd=drop", "--retry-failed")
+    assert again.exit_code == 0, again.output
+    assert "2 images: 2 ok" in again.output and "\n2 empty masks left out" in again.output
+    assert "no problem found" in command(images, "verify")
+    out, before = images.parent / "out", images.parent / "before"
+    out.rename(before)
+    assert ingest(images, with_something_of_all(), "--crowd=drop").exit_code == 0
+    for one in (*out.glob("sa_*"), *out.glob("_run/errors/*")):
+        other = before / one.relative_to(out)
+        if one.suffix == ".json":  # but for the seconds
+            marker, expected = (json.loads(file.read_bytes()) for file in (one, other))
+            assert {**marker, "seconds": 0} == {**expected, "seconds": 0}
+            assert list(marker["counts"]) == list(expected["counts"])
+        else:
+            assert one.read_bytes() == other.read_bytes(), one
+
+
+def test_what_was_left_out_is_verified(images: Path) -> None:
+    assert ingest(images, with_something_of_all(), "--crowd=drop").exit_code == 0
+    (errors,) = (images.parent / "out").glob("_run/errors/*")
+    (marker,) = (images.parent / "out").glob("sa_*.json")
+    lines = errors.read_bytes().splitlines(keepends=True)
+
+    def problems(*changed: bytes) -> str:
+        """Of lines whose hash is what the marker says."""
+        said = json.loads(marker.read_bytes())
+        errors.write_bytes(b"".join(changed))
+        said["errors_sha256"] = hashlib.sha256(errors.read_bytes()).hexdigest()
+        marker.write_text(json.dumps(said, indent=1) + "\n")
+        result = CliRunner().invoke(main, ["verify", str(images.parent / "out")])
+        assert result.exit_code == 1
+        return result.output
+
+    assert "has {'empty masks left out': 2, 'doubles left out': 1}, its" in problems(*lines[:3])
+    failed = lines[0].replace(b"left out", b"failed")
+    assert "says of images [1] that they ended" in problems(failed, *lines)
+    moved = lines[3].replace(b'"image_id": 1', b'"image_id": 2')
+    assert "lists images [2, 1, 1, 1]" in problems(moved, *lines[:3])
+    errors.unlink()
+    result = ingest(images, with_something_of_all(), "--crowd=drop", "--retry-failed")
+    assert "nothing was left to do" in result.output, "no image has failed"
 
 
 def test_what_has_no_counterpart_is_refused_both_ways(images: Path) -> None:

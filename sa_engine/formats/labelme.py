@@ -7,6 +7,7 @@ at the border, as in labelme.
 """
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -46,6 +47,8 @@ _CORNERS: dict[str, Sequence[int]] = {
     "oriented_rectangle": (4,),
     "mask": (2,),
 }
+# No pixel lies inside of the image: who takes the masks in leaves it out, and says so.
+_EMPTY = Patch(0, 0, np.zeros((1, 1), bool))
 _WITHOUT_AREA = ("line", "linestrip", "point", "points")
 # What labelme never writes: of the file, and of a shape.
 _XANY_FILE = {"chat_history", "vqaData", "checked"}
@@ -102,8 +105,19 @@ def read(content: Any, source: str) -> Parsed:
             for (label, group), patches in parts.items()
         ),
         source=source,
+        sha256=_sha256(content.get("imageData")),
     )
     return Parsed(format=NAME, tool=_tool(content), images=(image,), left_out=dict(left_out))
+
+
+def _sha256(value: Any) -> str | None:
+    """Of the picture in `imageData`; None if there is none, or if it is damaged."""
+    if not isinstance(value, str) or not value:
+        return None
+    try:
+        return hashlib.sha256(base64.b64decode(value, validate=True)).hexdigest()
+    except ValueError:
+        return None
 
 
 def _thing(shape: Any, index: int, where: str) -> tuple[str | None, Any]:
@@ -146,7 +160,7 @@ def _patch(shape: dict[str, Any], kind: Any, canvas: Image.Image, where: str) ->
     canvas.paste(0, (left, top, right, bottom))
     tight = drawn.getbbox()
     if tight is None:
-        raise FormatError(f"{where}: no pixel of its {kind} lies inside of its image")
+        return _EMPTY
     return Patch(left + tight[0], top + tight[1], np.asarray(drawn.crop(tight), bool))
 
 
@@ -171,9 +185,7 @@ def _stored(value: Any, points: list[Point], size: tuple[int, int], where: str) 
         raise FormatError(f"{where}: its mask is no PNG in base64: {error}") from None
     x, y = max(left, 0), max(top, 0)
     inside = pixels[y - top : size[1] - top, x - left : size[0] - left]
-    if not inside.any():
-        raise FormatError(f"{where}: its mask has no pixel inside of its image")
-    return Patch(x, y, inside)
+    return Patch(x, y, inside) if inside.any() else _EMPTY
 
 
 def _check_extent(

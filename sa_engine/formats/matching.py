@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -10,46 +10,52 @@ from sa_engine.formats.model import AnnotatedImage, FormatError
 
 # Label Studio puts eight hex digits before the name of an upload.
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-(?=.)")
+# The id of a photo that was handed out: sa_12.jpg, sa_000012__harbour.jpg.
+_ID = re.compile(r"sa_([0-9]+)(?=__|\.|$)")
 _SHOWN = 10
+_Rule = Callable[[str], str]
+_Tables = list[tuple[_Rule, dict[str, list[str]]]]
 
 
 def match_images(
-    images: Iterable[AnnotatedImage], keys: Iterable[str], allow_unmatched: bool
+    images: Iterable[AnnotatedImage],
+    keys: Iterable[str],
+    allow_unmatched: bool,
+    hash_photos: Callable[[Sequence[str]], Iterable[str | None]] | None = None,
 ) -> dict[str, AnnotatedImage]:
     """The annotated image of each photo.
 
-    An image is sought by its whole name, then by its name without folders, then without the prefix that Label Studio
-    gives to uploads, then without its suffix. The first of these by which exactly one photo is found decides.
+    An image is sought by its whole name, then by the id in its file's name, then by its name without folders, then
+    without the prefix that Label Studio gives to uploads, then by its bytes if its tool has stored them, then by its
+    name without its suffix. The first of these by which exactly one photo is found decides.
 
     Args:
         images: as annotation files name them.
         keys: of the photos.
         allow_unmatched: leave out images and photos that have no counterpart.
+        hash_photos: the sha256 (hex) of photos, None for one that cannot be read. Asked once, of the photos that no
+            image is found to be by its name, if bytes have to decide; None: bytes decide nothing.
 
     Raises:
         FormatError: several photos or none, photos without annotations, or two files for one photo; with names.
     """
-    keys = list(keys)
+    images, keys = list(images), list(keys)
+    tables = _tables(_SURE, keys)
+    candidates = [_by_name(image, tables) for image in images]
+    sought = [one for one, image in enumerate(images) if image.sha256 and not candidates[one]]
+    if sought and hash_photos is not None:
+        taken = {key for some in candidates for key in some}
+        free = [key for key in keys if key not in taken]
+        same: dict[str | None, list[str]] = defaultdict(list)
+        for key, sha256 in zip(free, hash_photos(free), strict=True):
+            same[sha256].append(key)
+        for one in sought:
+            candidates[one] = same.get(images[one].sha256, [])
+    last = _tables((_stem,), keys)
     found: dict[str, AnnotatedImage] = {}
     unknown: list[AnnotatedImage] = []
-    tables = [_table(simplify, keys) for simplify in _SIMPLER]
-    for image in images:
-        candidates = _candidates(_plain(image.name), tables)
-        if len(candidates) > 1:
-            raise FormatError(
-                f"{image.source}: {image.name} may be {candidates[0]} or {candidates[1]}: name images with their "
-                "folders, or give --images a folder without doubles"
-            )
-        if not candidates:
-            unknown.append(image)
-        elif candidates[0] in found:
-            other = found[candidates[0]]
-            raise FormatError(
-                f"{candidates[0]} has annotations twice: as {other.name} in {other.source}, and as {image.name} in "
-                f"{image.source}"
-            )
-        else:
-            found[candidates[0]] = image
+    for image, some in zip(images, candidates, strict=True):
+        _take(image, some or _by_name(image, last), found, unknown)
     bare = [key for key in keys if key not in found]
     if (unknown or bare) and not allow_unmatched:
         names = [f"{image.name} ({image.source})" for image in unknown]
@@ -60,19 +66,49 @@ def match_images(
     return found
 
 
-def _candidates(name: str, tables: list[dict[str, list[str]]]) -> list[str]:
-    for simplify, table in zip(_SIMPLER, tables, strict=True):
+def _take(
+    image: AnnotatedImage,
+    candidates: list[str],
+    found: dict[str, AnnotatedImage],
+    unknown: list[AnnotatedImage],
+) -> None:
+    """Put an image where it belongs. Raises FormatError if it may be several photos, or one that is taken."""
+    if len(candidates) > 1:
+        raise FormatError(
+            f"{image.source}: {image.name} may be {candidates[0]} or {candidates[1]}: name images with their "
+            "folders, or give --images a folder without doubles"
+        )
+    if not candidates:
+        unknown.append(image)
+    elif candidates[0] in found:
+        other = found[candidates[0]]
+        raise FormatError(
+            f"{candidates[0]} has annotations twice: as {other.name} in {other.source}, and as {image.name} in "
+            f"{image.source}"
+        )
+    else:
+        found[candidates[0]] = image
+
+
+def _by_name(image: AnnotatedImage, tables: _Tables) -> list[str]:
+    name = _plain(image.name)
+    for simplify, table in tables:
         candidates = table.get(simplify(name), [])
         if candidates:
             return candidates
     return []
 
 
-def _table(simplify: Callable[[str], str], keys: Iterable[str]) -> dict[str, list[str]]:
-    table: dict[str, list[str]] = defaultdict(list)
-    for key in keys:
-        table[simplify(key)].append(key)
-    return table
+def _tables(rules: Iterable[_Rule], keys: Sequence[str]) -> _Tables:
+    """Every rule with the photos by what it makes of their names; "" is nothing to find one by."""
+    tables: _Tables = []
+    for simplify in rules:
+        table: dict[str, list[str]] = defaultdict(list)
+        for key in keys:
+            table[simplify(key)].append(key)
+        table.pop("", None)
+        tables.append((simplify, table))
+    return tables
 
 
 def _plain(name: str) -> str:
@@ -95,7 +131,14 @@ def _stem(name: str) -> str:
     return PurePosixPath(_without_prefix(name)).stem
 
 
-_SIMPLER: tuple[Callable[[str], str], ...] = (str, _base, _without_prefix, _stem)
+def _id(name: str) -> str:
+    """The number in a file's name, without the zeros before it; "" if it carries none."""
+    match = _ID.match(_without_prefix(name))
+    return (match[1].lstrip("0") or "0") if match else ""
+
+
+# By falling certainty; bytes decide before the stem does.
+_SURE: tuple[_Rule, ...] = (str, _id, _base, _without_prefix)
 
 
 def _some(names: list[str]) -> str:

@@ -100,6 +100,7 @@ class AnnotatedImage:
         width, height: as the format says; None if it does not.
         annotations: in its order.
         source: the file that says so, for messages.
+        sha256: hex, of the picture's file, if the format holds its bytes.
     """
 
     name: str
@@ -107,6 +108,7 @@ class AnnotatedImage:
     height: int | None
     annotations: tuple[Annotation, ...]
     source: str
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,106 @@
+"""Which photo an annotation file means: by the id in its name, and by the bytes that its tool has stored."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from skimage import data
+from test_format_labelme import file_of, image_of, shape
+
+from sa_engine.cli import main
+from sa_engine.formats.matching import match_images
+from sa_engine.formats.model import AnnotatedImage, FormatError
+from sa_engine.reader import iter_records
+
+
+def annotated(name: str, sha256: str | None = None) -> AnnotatedImage:
+    return AnnotatedImage(
+        name=name, width=None, height=None, annotations=(), source="export", sha256=sha256
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("sa_12.jpg", "a/sa_000012__harbour.jpg"),
+        ("3fa2bc91-sa_012__port.png", "a/sa_000012__harbour.jpg"),
+        ("x/sa_0.jpg", "sa_000.jpg"),
+        ("sa_7__b.jpg", "sa_7__b.jpg"),  # the whole name, though another photo has its id
+        ("sa_12_13.jpg", None),
+        ("usa_12.jpg", None),
+        ("sa_12b.jpg", None),
+        ("sa_1.jpg", None),
+    ],
+)
+def test_an_id_decides_whatever_else_has_changed(name: str, key: str | None) -> None:
+    keys = ["a/sa_000012__harbour.jpg", "sa_000.jpg", "b/sa_7__a.jpg", "sa_7__b.jpg", "c/port.png"]
+    image = annotated(name)
+    assert match_images([image], keys, allow_unmatched=True) == ({key: image} if key else {})
+
+
+def test_an_id_that_two_photos_carry_is_refused() -> None:
+    with pytest.raises(FormatError, match=r"sa_7\.jpg may be a/sa_07\.jpg or sa_7__x\.png"):
+        match_images([annotated("sa_7.jpg")], ["a/sa_07.jpg", "sa_7__x.png"], allow_unmatched=True)
+
+
+def test_bytes_decide_before_the_stem_and_only_free_photos_are_read() -> None:
+    asked: list[str] = []
+
+    def hash_photos(keys: Sequence[str]) -> list[str | None]:
+        asked.extend(keys)
+        return [{"old.jpg": "11", "new.jpg": "22", "gone.jpg": None}[key] for key in keys]
+
+    keys = ["named.jpg", "old.jpg", "new.jpg", "gone.jpg"]
+    named, moved = annotated("named.jpg", "22"), annotated("old.png", "22")
+    found = match_images([moved, named], keys, True, hash_photos)
+    assert found == {"new.jpg": moved, "named.jpg": named}
+    assert asked == ["old.jpg", "new.jpg", "gone.jpg"]
+    asked.clear()
+    by_stem = annotated("old.png")
+    assert match_images([named, by_stem], keys, True, hash_photos) == {
+        "named.jpg": named,
+        "old.jpg": by_stem,
+    }
+    assert not asked
+    other = annotated("old.png", "33")  # encoded anew by its tool
+    assert match_images([named, other], keys, True, hash_photos)["old.jpg"] is other
+    with pytest.raises(FormatError, match=r"x\.jpg may be a\.jpg or b\.jpg"):
+        match_images([annotated("x.jpg", "1")], ["a.jpg", "b.jpg"], True, lambda keys: ["1"] * 2)
+
+
+def test_damaged_image_data_has_no_sha256() -> None:
+    stored = base64.b64encode(b"picture").decode()
+    found = [image_of(file_of(imageData=d)).sha256 for d in (stored, None, "", "a", "ä!", 5)]
+    assert found == [hashlib.sha256(b"picture").hexdigest(), *[None] * 5]
+
+
+def test_a_labelme_file_finds_its_renamed_photo(tmp_path: Path) -> None:
+    """One photo renamed, the other not; the renamed one's old name now is another photo's stem."""
+    photos, made = tmp_path / "photos", tmp_path / "made"
+    photos.mkdir()
+    made.mkdir()
+    pictures = Path(data.__file__).parent
+    for source, key in (("coffee.png", "renamed.png"), ("camera.png", "kept.png")):
+        content = (pictures / source).read_bytes()
+        (photos / key).write_bytes(content)
+        name = "kept.png" if key == "kept.png" else source
+        size = (512, 512) if key == "kept.png" else (400, 600)
+        (made / f"{source}.json").write_text(
+            json.dumps(
+                file_of(
+                    shape("polygon", (10, 10), (50, 10), (50, 50)),
+                    size=size,
+                    imagePath=name,
+                    imageData=base64.b64encode(content).decode(),
+                )
+            )
+        )
+    command = ["ingest", f"--images={photos}", f"--annotations={made}", "--local"]
+    result = CliRunner().invoke(main, [*command, f"--out={tmp_path / 'out'}"])
+    assert result.exit_code == 0, result.output
+    found = {str(record.source_path): record.width for record in iter_records(tmp_path / "out")}
+    assert found == {"renamed.png": 600, "kept.png": 512}
