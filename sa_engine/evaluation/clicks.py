@@ -13,8 +13,6 @@ import numpy as np
 
 from sa_engine.masks import WindowMask
 
-_PRECISE = cv2.DIST_MASK_PRECISE
-
 
 class Click(NamedTuple):
     """A pixel, x and y in the frame of the masks, and whether it is of the object."""
@@ -66,12 +64,14 @@ def mask_iou(first: WindowMask, second: WindowMask | None) -> float:
     return both / (areas - both)
 
 
-def _farthest(region: np.ndarray) -> tuple[int, int, float]:
-    """The pixel of a (h, w) bool region farthest from its boundary: x, y and the distance; 0 for an empty region."""
+def _farthest(region: np.ndarray) -> tuple[int, int, int]:
+    """The pixel of a (h, w) bool region farthest from its boundary: x, y, squared distance; 0 for an empty region."""
     padded = np.pad(region.view(np.uint8), 1)
-    distances = cv2.distanceTransform(padded, cv2.DIST_L2, _PRECISE)[1:-1, 1:-1]
-    y, x = divmod(int(distances.argmax()), region.shape[1])
-    return x, y, float(distances[y, x])
+    distances = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    # Squares are whole numbers. OpenCV's roots differ in the last bit from place to place, and would decide ties.
+    squares = np.rint(np.square(distances, dtype=np.float64))
+    y, x = divmod(int(squares.argmax()), region.shape[1])
+    return x, y, int(squares[y, x])
 
 
 def _seen_from(mask: WindowMask, other: WindowMask) -> np.ndarray:

@@ -208,12 +208,15 @@ def _follow_clicks(
                 clicks[row].append(click)
                 wrong.append(row)
         if wrong:
-            prompts = _points([clicks[row] for row in wrong])
             logits[wrong] = predictor.predict(
-                embedding, *prompts, masks=logits[wrong], multimask=False
+                embedding,
+                *_points([clicks[row] for row in wrong]),
+                masks=logits[wrong],
+                multimask=False,
             ).logits
-        for row, (mask,) in zip(wrong, _render(predictor, embedding, logits[wrong]), strict=True):
-            masks[row], iou[row] = mask, mask_iou(truths[row], mask)
+            rendered = _render(predictor, embedding, logits[wrong])
+            for row, (mask,) in zip(wrong, rendered, strict=True):
+                masks[row], iou[row] = mask, mask_iou(truths[row], mask)
         scores[str(number)] = iou.copy()
     return scores
 

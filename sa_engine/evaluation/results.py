@@ -204,8 +204,8 @@ class Report:
         ]
         rows: list[tuple[str, Any, Any, list[str]]] = [("data set", "images", "masks", clicks)]
         for index, (name, one) in enumerate(zip(self.rows, estimates, strict=True)):
-            if name == "mean" and len(self.data) == 1:
-                continue
+            if len(self.data) == index == 1:
+                continue  # the mean of one data set
             evaluation = model.evaluations[index] if model and index < len(self.data) else None
             numbers = (len(evaluation.images), evaluation.masks) if evaluation else ("", "")
             low, high = one.interval

@@ -51,11 +51,13 @@ def evaluate(
     Raises:
         SaEngineError: no run, no masks, no such checkpoint or device, or an image that cannot be read.
     """
+    places = [location(one) for one in data]
+    if len(set(map(str, places))) < len(places):
+        raise EvaluationError(f"--data names a folder twice: {', '.join(data)}")
     threads = threads or cores()
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
-    places = [location(one) for one in data]
-    names = _short_names([str(place) for place in places])
+    names = short_names([str(place) for place in places])
     sets = tuple(
         open_data(place, name, split, limit, protocol.seed)
         for place, name in zip(places, names, strict=True)
@@ -65,7 +67,7 @@ def evaluate(
     models = []
     total = len(sams) * sum(len(one.image_ids) for one in sets)
     with tqdm(total=total, unit="image", disable=not progress, dynamic_ncols=True) as bar:
-        for name, sam in zip(_short_names(checkpoints), sams, strict=True):
+        for name, sam in zip(short_names(checkpoints), sams, strict=True):
             started = time.monotonic()
             fingerprint = model_fingerprint(sam)
             predictor = Predictor(sam.to(where), precision)
@@ -108,10 +110,10 @@ def write(report: Report, out: AnyPath) -> list[AnyPath]:
     return [out / name for name in files]
 
 
-def _short_names(texts: Sequence[str]) -> list[str]:
-    """Last parts of paths, where these differ; else the whole."""
+def short_names(texts: Sequence[str]) -> list[str]:
+    """Last parts of paths, where these differ from each other and from the mean's name; else the whole."""
     short = [Path(text).name for text in texts]
-    return short if len(set(short)) == len(short) else list(texts)
+    return short if len({*short, "mean"}) > len(short) else list(texts)
 
 
 def _versions() -> dict[str, Any]:
