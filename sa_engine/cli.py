@@ -272,9 +272,9 @@ def evaluate(
         points=points, first_point=first_point, boxes=boxes, max_masks=max_masks, seed=seed
     )
     report = run.evaluate(data, checkpoints, protocol, progress=sys.stderr.isatty(), **settings)
+    click.echo(json.dumps(report.to_dict()) if as_json else report)
     if out is not None:
         run.write(report, location(out))
-    click.echo(json.dumps(report.to_dict()) if as_json else report)
 
 
 @main.command()

@@ -7,6 +7,7 @@ from pathlib import Path
 import mobile_sam
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from parity.clicking import click_through, error_center
 from parity.reference import load_reference, photo
@@ -61,7 +62,7 @@ def test_scores_equal_the_released_predictors(
     reference: mobile_sam.SamPredictor,
     ingested: Callable[[str], Path],
 ) -> None:
-    protocol = replace(THREE, max_masks=4)
+    protocol = replace(THREE, max_masks=3)
     compared = 0
     for record, image in open_data(ingested(name), name, limit=1):
         reference.set_image(image)
@@ -73,7 +74,7 @@ def test_scores_equal_the_released_predictors(
             found = [ours.iou[metric][index] for metric in ("1", "2", "3", "oracle")]
             assert np.allclose(found, [*theirs.iou, theirs.oracle], atol=1e-3)
             compared += 1
-    assert compared >= 4
+    assert compared >= 3
 
 
 @pytest.mark.parity_full
@@ -217,3 +218,11 @@ def test_what_cannot_be_evaluated_is_told(
     ):
         with pytest.raises(EvaluationError, match=reason):
             evaluate_model(predictor, images, THREE)
+
+
+def test_a_damaged_model_is_told(record: ImageRecord, image: np.ndarray) -> None:
+    sam = load_sam(resolve("vit_t"))
+    with torch.no_grad():
+        sam.image_encoder.neck[0].weight[0, 0] = torch.nan
+    with pytest.raises(EvaluationError, match="image 1: .*the checkpoint is damaged"):
+        evaluate_model(Predictor(sam), [(record, image)], THREE)

@@ -20,8 +20,6 @@ from sa_engine.run_dir import read_info
 from sa_engine.shards import read_markers
 from sa_engine.storage import AnyPath, RunPaths
 
-SPLITS = ("all", "holdout", "rest")
-
 
 @dataclass(frozen=True)
 class DataSet:

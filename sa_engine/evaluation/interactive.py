@@ -110,7 +110,8 @@ def evaluate_model(
         progress: called after every image.
 
     Raises:
-        EvaluationError: an image of another size than its record says, a mask without pixels, or no mask at all.
+        EvaluationError: an image of another size than its record says, a mask without pixels, no mask at all, or a
+            model whose embeddings are not finite.
     """
     found = []
     for record, image in images:
@@ -137,7 +138,10 @@ def evaluate_image(
     firsts = [
         _first_click(mask, truth, protocol) for mask, truth in zip(masks, truths, strict=True)
     ]
-    embedding = predictor.embed(image)
+    try:
+        embedding = predictor.embed(image)
+    except FloatingPointError as error:
+        raise EvaluationError(f"image {record.image_id}: {error}") from None
     device = predictor.sam.device.type
     size = protocol.masks_per_batch or MASKS_PER_BATCH.get(device, DEFAULT_MASKS_PER_BATCH)
     iou = {metric: np.zeros(len(masks)) for metric in protocol.metrics}

@@ -100,13 +100,19 @@ def prepare_output(out: AnyPath) -> None:
 
 
 def write(report: Report, out: AnyPath) -> list[AnyPath]:
-    """Write `evaluate.json` and `evaluate.png` into a folder, each whole or not at all."""
+    """Write `evaluate.json` and `evaluate.png` into a folder, each whole or not at all.
+
+    Raises EvaluationError if they cannot be written.
+    """
     from sa_engine.evaluation.plots import plot
 
     content = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
     files = {"evaluate.json": content.encode(), "evaluate.png": plot(report)}
-    for name, file in files.items():
-        atomic_write(out / name, file)
+    try:
+        for name, file in files.items():
+            atomic_write(out / name, file)
+    except OSError as error:
+        raise EvaluationError(f"cannot write the results to {out}: {error.strerror}") from None
     return [out / name for name in files]
 
 
