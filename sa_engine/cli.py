@@ -22,7 +22,7 @@ from sa_engine.config import (
     to_yaml,
 )
 from sa_engine.errors import SaEngineError, TooManyFailures
-from sa_engine.flags import STARTS, flag, given_options, privacy_flags, run_flags
+from sa_engine.flags import STARTS, flag, given_options, numbers, privacy_flags, run_flags
 from sa_engine.modeling.zoo import MODELS
 from sa_engine.privacy.weights import PLATE_WEIGHTS
 
@@ -188,6 +188,94 @@ def _run_stage(
         click.echo(f"{stage.describe(config, start)}\n\n{to_yaml(config)}", nl=False)
     else:
         click.echo(stage.run(config, start))
+
+
+@main.command()
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    metavar="DIR|URI",
+    help="Shards whose masks are the truth; repeatable.",
+)
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    multiple=True,
+    default=["vit_t"],
+    show_default=True,
+    metavar="NAME|FILE",
+    help="Model; repeatable: the others are compared with the first.",
+)
+@click.option("--out", metavar="DIR|URI", help="For evaluate.json and evaluate.png.")
+@click.option(
+    "--points",
+    default="1,2,3,5,9",
+    show_default=True,
+    metavar="N,N,...",
+    callback=numbers,
+    help="Numbers of points after which IoU is reported.",
+)
+@click.option(
+    "--first-point",
+    type=click.Choice(["center", "random"]),
+    default="center",
+    show_default=True,
+    help="Farthest from the mask's boundary, or any of the mask.",
+)
+@click.option("--boxes", is_flag=True, help="Box prompts too.")
+@click.option(
+    "--split",
+    type=click.Choice(["all", "holdout", "rest"]),
+    default="all",
+    show_default=True,
+    help="Images of `sa-engine split`, or the others.",
+)
+@click.option(
+    "--limit-images",
+    "limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Images per data set, a random sample.",
+)
+@click.option(
+    "--max-masks", type=click.IntRange(min=1), metavar="N", help="Masks per image, likewise."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, mps.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+@click.option("--json", "as_json", is_flag=True, help="All numbers, with the sums of every image.")
+def evaluate(
+    data: tuple[str, ...],
+    checkpoints: tuple[str, ...],
+    out: str | None,
+    points: tuple[int, ...],
+    first_point: str,
+    boxes: bool,
+    max_masks: int | None,
+    seed: int,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure how well a model segments what is clicked on.
+
+    This is the paper's point-prompt protocol: a click in the middle of a mask, then in the middle of
+    what is wrong, and the mean IoU over all masks after each. The masks of shards are the truth.
+    """
+    from sa_engine.evaluation import run
+    from sa_engine.evaluation.interactive import Protocol
+    from sa_engine.storage import location
+
+    if out is not None:
+        run.prepare_output(location(out))
+    protocol = Protocol(
+        points=points, first_point=first_point, boxes=boxes, max_masks=max_masks, seed=seed
+    )
+    report = run.evaluate(data, checkpoints, protocol, progress=sys.stderr.isatty(), **settings)
+    click.echo(json.dumps(report.to_dict()) if as_json else report)
+    if out is not None:
+        run.write(report, location(out))
 
 
 @main.command()

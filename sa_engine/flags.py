@@ -29,6 +29,17 @@ def _or_none(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
     return given or None
 
 
+def numbers(ctx: click.Context, param: click.Parameter, given: str) -> tuple[int, ...]:
+    """Numbers from 1 on, as in "1,2,3", ascending and each once."""
+    try:
+        found = sorted({int(number) for number in given.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise click.BadParameter(f"{given!r}: expected numbers from 1 on, as in 1,2,3")
+    return tuple(found)
+
+
 STARTS = {
     "extend": "Also plan the images that have come since; none is renumbered.",
     "retry-failed": "Try failed images again, as their files are now.",

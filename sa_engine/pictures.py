@@ -125,13 +125,21 @@ def released_image(out: AnyPath, config: dict[str, Any], record: ImageRecord) ->
     """
     if config["write_images"] and "tar" in config["formats"]:
         return decode_image(read_image(out, record.image_id))
+    return released_photo(config, record)
+
+
+def released_photo(config: dict[str, Any], record: ImageRecord) -> np.ndarray:
+    """The image that a record describes, made again from its photo: for runs without pictures.
+
+    Raises RunError if the photo is gone.
+    """
     photo = location(config["images"]) / str(record.source_path)
     try:
         data = photo.read_bytes()
     except OSError as error:
         raise RunError(
-            f"cannot show image {record.image_id}: this run wrote no pictures, "
-            f"and its photo {photo} cannot be read ({error.strerror})"
+            f"there is no image {record.image_id}: its run wrote no pictures, and its photo {photo} "
+            f"cannot be read ({error.strerror})"
         ) from None
     return resize_image(decode_image(data), record.height, record.width)
 

@@ -1,0 +1,54 @@
+"""The paper's figure 9: mIoU against the number of points, for each data set and their mean."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sa_engine.evaluation.interactive import BOX, ORACLE
+from sa_engine.evaluation.results import Estimate, Report
+
+_COLUMNS = 4
+_PANEL = 3.2  # inches
+
+
+def plot(report: Report) -> bytes:
+    """Draw a report as a PNG: a panel for each data set, a line for each model with its 95 % band.
+
+    A hollow ring is the oracle after one point, a dashed line the box prompt.
+    """
+    estimates = report.estimates()
+    panels = list(range(len(report.rows))) if len(report.data) > 1 else [0]
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(_PANEL * columns + 0.6, _PANEL * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes, panels, strict=False):
+        axis.set_title(report.rows[panel])
+        for number, (model, own) in enumerate(zip(report.models, estimates, strict=True)):
+            _draw(axis, report.protocol.metrics, own[panel], f"C{number}", model.name)
+        axis.set_xlabel("points")
+        axis.set_xticks(report.protocol.points)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("mIoU")
+    axes[0].legend(loc="lower right", fontsize="small")
+    buffer = io.BytesIO()
+    # Without the version of matplotlib, so that equal reports are equal files.
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw(axis: Axes, metrics: Sequence[str], one: Estimate, colour: str, name: str) -> None:
+    clicks = [index for index, metric in enumerate(metrics) if metric.isdigit()]
+    points = np.array([int(metrics[index]) for index in clicks])
+    low, high = one.interval[:, clicks]
+    axis.plot(points, one.values[clicks], "o-", color=colour, label=name)
+    axis.fill_between(points, low, high, color=colour, alpha=0.15, linewidth=0)
+    if ORACLE in metrics:
+        axis.plot(1, one.values[metrics.index(ORACLE)], "o", color=colour, markerfacecolor="none")
+    if BOX in metrics:
+        axis.axhline(one.values[metrics.index(BOX)], color=colour, linestyle="--", linewidth=1)
