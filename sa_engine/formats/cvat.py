@@ -266,7 +266,8 @@ def _element(mask: MaskRecord) -> Element:
         top=str(top),
         width=str(right - left + 1),
         height=str(bottom - top + 1),
-        z_order=str(mask.z_order or 0),
     )
+    if mask.z_order is not None:
+        element.set("z_order", str(mask.z_order))
     SubElement(element, "attribute", name=_ID).text = str(mask.id)
     return element

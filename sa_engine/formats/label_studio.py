@@ -216,7 +216,8 @@ def _objects(value: Any, what: str) -> list[dict[str, Any]]:
 def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str, bytes]]:
     """`tasks.json`, and `labeling_config.txt` for the project. Pictures are sought in Label Studio's local files.
 
-    Masks that people drew are annotations, one of each annotator and time; those of models are predictions.
+    Masks that people drew are annotations, one of each annotator and time; those of models are predictions. Who drew
+    them stays out: Label Studio takes no user that it does not know.
     """
     yield "labeling_config.txt", _CONFIG.encode()
     comma = b"[\n"
@@ -229,16 +230,17 @@ def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str,
                 time_s = mask.time_s if mask.time_scope == "image" else None
                 writing.lost["times of single masks"] += mask.time_scope == "mask"
                 people.setdefault((mask.annotator, time_s), []).append(mask)
+            writing.lost["annotators of masks"] += mask.annotator is not None
+            writing.lost["z-order of masks"] += mask.z_order is not None
             writing.lost["stability scores of masks"] += mask.stability_score is not None
         task: dict[str, Any] = {
             "data": {_TO: f"/data/local-files/?d={quote(path)}"},
             "annotations": [
                 {
                     "result": [_region(mask, image.record) for mask in masks],
-                    **({} if annotator is None else {"completed_by": {"email": annotator}}),
                     **({} if time_s is None else {"lead_time": time_s}),
                 }
-                for (annotator, time_s), masks in people.items()
+                for (_, time_s), masks in people.items()
             ],
             "predictions": [],
         }

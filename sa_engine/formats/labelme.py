@@ -226,6 +226,8 @@ def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str,
         for mask in image.record.masks:
             writing.lost["scores of masks"] += mask.predicted_iou is not None
             writing.lost["times of masks"] += mask.time_s is not None
+            writing.lost["annotators of masks"] += mask.annotator is not None
+            writing.lost["z-order of masks"] += mask.z_order is not None
         yield str(name.with_suffix(SUFFIX)), json.dumps(content, ensure_ascii=False).encode()
 
 
