@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 from pycocotools import mask as coco
 
 from sa_engine import rle
@@ -227,3 +228,25 @@ def test_what_is_no_run_or_unfinished_is_told(runs: list[Path], tmp_path: Path) 
     RunPaths(part).marker("sa_000001").unlink()
     result = report(part)
     assert result.exit_code == 0 and "1 of 2 shards are missing" in result.stderr, result.output
+    next(part.glob("*.parquet")).write_bytes(b"PAR1")
+    result = report(part)
+    assert result.exit_code == 2 and "cannot be read" in result.stderr, result.output
+
+
+def test_a_run_without_masks_has_a_page(photo_folder: Path, tmp_path: Path) -> None:
+    names = ("astronaut.jpg", "coffee.jpg", "chelsea.jpg", "more/rocket.jpg")
+    images = [{"id": i, "file_name": n, "height": 1, "width": 1} for i, n in enumerate(names)]
+    for image_ in images:
+        with Image.open(photo_folder / str(image_["file_name"])) as photo:
+            image_["width"], image_["height"] = photo.size
+    file = tmp_path / "none.json"
+    file.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    out = tmp_path / "out"
+    command = ["ingest", f"--images={photo_folder}", f"--annotations={file}", f"--out={out}"]
+    done = CliRunner().invoke(main, [*command, "--local", "--annotation-format=coco"])
+    assert done.exit_code == 0, done.output
+    result = report(out, "--out", tmp_path / "page")
+    assert result.exit_code == 0 and f"{out} has no masks" in result.stderr, result.output
+    row = json.loads((tmp_path / "page" / "report.json").read_bytes())["stages"][0]
+    assert (row["source"], row["images"], row["masks"]) == ("assisted", 4, 0)
+    assert (tmp_path / "page" / "report.html").exists()

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from sa_engine.analysis.stages import Key, StageTable
 from sa_engine.analysis.text import summary_cells, table_cells, text_table
 from sa_engine.plan import read_plan
 from sa_engine.reader import shard_records
+from sa_engine.records import ImageRecord
 from sa_engine.run_dir import read_info
-from sa_engine.shards import read_markers
+from sa_engine.shards import ShardStats, read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write, location
 
 SCHEMA_VERSION = 1
@@ -151,9 +153,15 @@ def _read(run: _Run, figures: Figures, table: StageTable | None) -> dict[str, An
     for index, stats in shards:
         if not stats.files:
             continue
-        for record in shard_records(run.out, run.plan[index], stats):
+        for record in _told_records(run, index, stats):
             images, masks = images + 1, masks + len(record.masks)
-            figures.add(record)
+            try:
+                figures.add(record)
+            except ValueError as error:
+                raise RunError(
+                    f"{run.out}: image {record.image_id} has a damaged mask: {error}; see sa-engine "
+                    f"verify {run.out}"
+                ) from None
             if table is not None:
                 table.add(str(run.out), record, run.key)
     return {
@@ -165,3 +173,14 @@ def _read(run: _Run, figures: Figures, table: StageTable | None) -> dict[str, An
         "masks": masks,
         "compared": False,
     }
+
+
+def _told_records(run: _Run, index: int, stats: ShardStats) -> Iterator[ImageRecord]:
+    """A shard's records. Raises RunError if its files are damaged or gone."""
+    try:
+        yield from shard_records(run.out, run.plan[index], stats)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise RunError(
+            f"{run.out}: shard {run.plan[index].name} cannot be read: {error}; see sa-engine verify "
+            f"{run.out}"
+        ) from None

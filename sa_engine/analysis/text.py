@@ -33,6 +33,9 @@ def summary_cells(sets: list[Figures]) -> list[list[str]]:
         [name.replace("_", " "), *(cell(name, column[name]) for column in columns)]
         for name in columns[0]
     ]
+    for source in dict.fromkeys(source for figures in sets for source in figures.sources):
+        shares = [f.sources[source] / f.masks if f.masks else None for f in sets]
+        lines.append([f"share {source}", *(cell("share", share) for share in shares)])
     return [["", *(figures.name for figures in sets)], *lines]
 
 
