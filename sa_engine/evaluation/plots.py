@@ -17,7 +17,7 @@ _PANEL = 3.2  # inches
 def plot(report: Report) -> bytes:
     """Draw a report as a PNG: a panel for each data set, a line for each model with its 95 % band.
 
-    A hollow ring is the oracle after one point, a dashed line the box prompt.
+    A hollow ring is the oracle, a dashed line the box prompt.
     """
     estimates = report.estimates()
     panels = list(range(len(report.rows))) if len(report.data) > 1 else [0]
@@ -35,6 +35,10 @@ def plot(report: Report) -> bytes:
         axis.set_xticks(report.protocol.points)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mIoU")
+    if ORACLE in report.protocol.metrics:
+        axes[0].plot([], [], "o", color="grey", markerfacecolor="none", label="oracle, 1 point")
+    if BOX in report.protocol.metrics:
+        axes[0].plot([], [], "--", color="grey", linewidth=1, label="box")
     axes[0].legend(loc="lower right", fontsize="small")
     buffer = io.BytesIO()
     # Without the version of matplotlib, so that equal reports are equal files.

@@ -197,7 +197,7 @@ class Report:
         self, title: str, estimates: list[Estimate], model: ModelResult | None = None
     ) -> str:
         """Means with their numbers of images and masks and the sizes; without a model, differences alone."""
-        form = "+.3f" if model is None else ".3f"
+        form, digits = ("+.4f", 4) if model is None else (".3f", 3)
         clicks = [
             f"{metric} point{'s' * (metric != '1')}" if metric.isdigit() else metric
             for metric in self.protocol.metrics
@@ -210,7 +210,7 @@ class Report:
             numbers = (len(evaluation.images), evaluation.masks) if evaluation else ("", "")
             low, high = one.interval
             rows.append((name, *numbers, [f"{value:{form}}" for value in one.values]))
-            rows.append(("", "", "", [f"±{width:.3f}" for width in (high - low) / 2]))
+            rows.append(("", "", "", [f"±{width:.{digits}f}" for width in (high - low) / 2]))
             for size, (count, mean) in (by_size(evaluation) if evaluation else {}).items():
                 if mean is not None:
                     rows.append((f"  {size}", "", count, [f"{value:.3f}" for value in mean]))
