@@ -217,6 +217,8 @@ def test_what_is_no_run_or_unfinished_is_told(runs: list[Path], tmp_path: Path) 
         ([tmp_path], "is not the output of a run"),
         ([tmp_path / "none"], "is not the output of a run"),
         ([runs[0], runs[0]], "named twice"),
+        ([runs[0], f"{runs[0]}/"], "named twice"),
+        ([runs[0], "--compare", runs[0]], "named twice"),
         ([runs[0], "--compare", tmp_path], "is not the output of a run"),
         ([runs[0], "--out", runs[0].parent / "coco.json"], "cannot be written"),
     ):

@@ -87,15 +87,27 @@ def make_report(dirs: Sequence[str], compare: Sequence[str] = ()) -> Report:
     Raises:
         RunError: a folder is named twice or holds no run of shards, or nothing is finished.
     """
-    for group in (dirs, compare):
-        if twice := {name for name in group if list(group).count(name) > 1}:
-            raise RunError(f"{', '.join(sorted(twice))} is named twice: name each run once")
+    seen: set[str] = set()
+    for name in (*dirs, *compare):
+        if str(location(name)) in seen:
+            raise RunError(f"{name} is named twice: name each run once")
+        seen.add(str(location(name)))
     opened = [_Run(location(name)) for name in dirs]
     others = [_Run(location(name)) for name in compare]
     table = StageTable()
     figures = _figures(" + ".join(run.out.name for run in opened), opened)
     runs = [_read(run, figures, table) for run in opened]
-    compared = [_figures(run.out.name, [run]) for run in others]
+    names = [run.out.name for run in (*opened, *others)]
+    compared = [
+        # Runs of one name are told apart by their folders.
+        _figures(
+            run.out.name
+            if names.count(run.out.name) == 1
+            else f"{run.out.parent.name}/{run.out.name}",
+            [run],
+        )
+        for run in others
+    ]
     told = [_read(run, found, None) for run, found in zip(others, compared, strict=True)]
     return Report([*runs, *({**run, "compared": True} for run in told)], table, figures, compared)
 
