@@ -1,6 +1,7 @@
 """`sa-engine export`: masks leave as they came, or what a format cannot hold is told."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -89,7 +90,10 @@ def test_instance_maps_keep_what_is_in_front_and_tell_the_rest(run: Path) -> Non
     assert np.array_equal(ids, expected)
 
 
-def test_yolo_fills_the_same_pixels(run: Path) -> None:
+@pytest.mark.parametrize("to_pixels", [np.trunc, np.round])
+def test_yolo_fills_the_same_pixels(
+    run: Path, to_pixels: Callable[[np.ndarray], np.ndarray]
+) -> None:
     result = export(run, "yolo-seg")
     assert "masks whose parts are joined by a line (1)" in result.output
     dest = run.parent / "export_yolo-seg"
@@ -97,10 +101,10 @@ def test_yolo_fills_the_same_pixels(run: Path) -> None:
     lines = (dest / "labels" / "bild ä.txt").read_text().splitlines()
     for line, (name, mask) in zip(lines, masks().items(), strict=True):
         label, *numbers = line.split()
-        # As YOLO's tools do: to pixels, without the fraction, then OpenCV's fillPoly.
+        # As YOLO's tools do: to pixels, some without the fraction, some rounded, then OpenCV's fillPoly.
         corners = np.array(numbers, float).reshape(-1, 2) * (WIDTH, HEIGHT)
         filled = np.zeros((HEIGHT, WIDTH), np.uint8)
-        cv2.fillPoly(filled, [corners.astype(np.int32)], 1)
+        cv2.fillPoly(filled, [to_pixels(corners).astype(np.int32)], 1)
         assert label == "0"
         if name == "two parts":
             assert (filled >= mask).all() and 0 < (filled - mask.astype(np.uint8)).sum() < 10
@@ -176,3 +180,25 @@ def test_two_photos_of_one_stem_are_told(tmp_path: Path) -> None:
     assert ingest(folder, annotations(images=names, annotations=[])).exit_code == 0
     result = export(tmp_path / "out", "labelme" if "labelme" in EXPORT_FORMATS else "png")
     assert result.exit_code == 2 and "--names released" in result.stderr
+
+
+@pytest.mark.parametrize("name", [one for one in EXPORT_NAMES if one not in ("png", "yolo-seg")])
+def test_a_turned_photo_of_another_script_comes_back_upright(tmp_path: Path, name: str) -> None:
+    """Its masks are of the upright picture, which is what the export writes and every tool shows."""
+    folder = tmp_path / "photos" / "Ünï"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (HEIGHT, WIDTH), "olive").save(folder / "写真.jpg", exif=exif)
+    names = [{"id": 0, "file_name": "Ünï/写真.jpg", "width": WIDTH, "height": HEIGHT}]
+    assert ingest(folder.parent, annotations(images=names)).exit_code == 0
+    assert export(tmp_path / "out", name, "--with-images").exit_code == 0
+    dest = tmp_path / f"export_{name}"
+    photos = dest / "images" if EXPORT_FORMATS[name].pictures else dest
+    again = tmp_path / "again"
+    command = ["ingest", f"--images={photos}", f"--annotations={dest}", f"--out={again}", "--local"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    (found,) = pixels(again).values()
+    for first, second in zip(masks().values(), found, strict=True):
+        assert np.array_equal(first, second)

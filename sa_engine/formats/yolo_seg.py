@@ -35,6 +35,6 @@ def _line(mask: MaskRecord, width: int, height: int, writing: Writing) -> str:
     writing.lost["scores of masks"] += mask.predicted_iou is not None
     ring = outline.chain(rings)
     ring = np.concatenate([ring, ring[-1:].repeat(max(0, _FEWEST - len(ring)), axis=0)])
-    # Centres of pixels; readers that cut off the fraction get the pixel.
-    shares = (ring + 0.5) / (width, height)
+    # Readers that cut off the fraction (Ultralytics) and those that round (supervision) both get the pixel.
+    shares = (ring + 0.25) / (width, height)
     return " ".join(["0", *(f"{value:.7f}" for value in shares.reshape(-1))]) + "\n"
