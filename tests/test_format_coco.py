@@ -164,7 +164,7 @@ def test_what_is_wrong_is_told_with_its_place(content: Any, reason: str) -> None
     assert reason in str(told.value)
 
 
-@pytest.mark.parametrize("counts", ["", "0", "ö", "PPPP", "o" * 50])
+@pytest.mark.parametrize("counts", ["", "0", "204", "100 4 100", "ö", "PPPP", "o" * 50])
 def test_damaged_text_of_run_lengths_is_told(counts: str) -> None:
     (image,) = coco.read(file_of({"size": [HEIGHT, WIDTH], "counts": counts}), "file").images
     with pytest.raises(FormatError, match="damaged"):

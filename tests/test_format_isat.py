@@ -183,6 +183,7 @@ def test_files_are_told_by_their_content(tmp_path: Path) -> None:
         (file_of(entry([[1, 1], [8], [3, 9]])), "a point is \\[8\\]"),
         (file_of(entry([[1, 1], [8, None], [3, 9]])), "coordinate is 'None'"),
         (file_of(entry([[1, 1], [8, float("inf")], [3, 9]])), "coordinate is 'inf'"),
+        (file_of(entry([[1, 1], [8, float("nan")], [3, 9]])), "coordinate is 'nan'"),
         (file_of(entry(box(0, 0, 17, 14))), "17, 14 lies outside of its image of 17 x 12"),
     ],
 )

@@ -270,6 +270,7 @@ MALFORMED = {
     "time is text": (edit(lambda _, a, __: a.update(lead_time="12")), "lead_time is '12'"),
     "time is negative": (edit(lambda _, a, __: a.update(lead_time=-1)), "lead_time is -1"),
     "time is no number": (edit(lambda _, a, __: a.update(lead_time=float("nan"))), "lead_time is"),
+    "corner is no number": (points([1, 1], [9, float("nan")], [9, 9]), "a coordinate is 'nan'"),
     "user is a list": (edit(lambda _, a, __: a.update(completed_by=[1])), "completed_by is"),
     "no name": (
         edit(lambda t, _, __: t.update(file_upload=None, data={"a": "b"})),

@@ -4,11 +4,14 @@ import hashlib
 import io
 import json
 import tarfile
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import test_format_cvat
 from click.testing import CliRunner, Result
 from lost_masks import HEIGHT, WIDTH, masks
 from PIL import Image
@@ -17,10 +20,14 @@ from test_format_coco import uncompressed
 
 from sa_engine import rle
 from sa_engine.cli import main
+from sa_engine.config import IngestConfig
+from sa_engine.errors import SaEngineError
+from sa_engine.formats import files
 from sa_engine.formats.matching import match_images
 from sa_engine.formats.model import AnnotatedImage, FormatError
 from sa_engine.reader import iter_records
 from sa_engine.records import ImageRecord
+from stages import ingest as stage
 
 NAMES = ("bild ä.png", "sub/leer.png")
 
@@ -264,6 +271,45 @@ def test_what_was_left_out_is_verified(images: Path) -> None:
     assert "nothing was left to do" in result.output, "no image has failed"
 
 
+def zipped(name: str, data: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(name, data)
+    return out.getvalue()
+
+
+BOMB = f"<!DOCTYPE annotations [{test_format_cvat.BOMB}]>".encode()
+NAN = annotations()
+NAN["annotations"][0]["segmentation"] = [[1, 1, 5, 1, 5, float("nan")]]
+TWICE = annotations()
+TWICE["annotations"][1]["id"] = 100
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("bomb.xml", BOMB + test_format_cvat.changed("a.jpg", "&c;"), "bomb.xml: XML with decl"),
+        ("nan.json", json.dumps(NAN).encode(), "annotation 100: a polygon's coordinate is 'nan'"),
+        ("twice.json", json.dumps(TWICE).encode(), "annotation 100: another annotation has the"),
+        ("latin.json", '{"images": "ä"}'.encode("latin-1"), "latin.json: not UTF-8 text"),
+        ("slip.zip", zipped("../x.json", b"{"), "slip.zip/../x.json: not JSON"),
+        ("cut.zip", zipped("a.json", b"{}")[:-30], "cut.zip: "),
+    ],
+)
+def test_what_cannot_be_read_is_one_error_and_no_output(
+    images: Path, name: str, data: bytes, words: str
+) -> None:
+    file = images.parent / name
+    file.write_bytes(data)
+    before = sorted(images.parent.rglob("*"))
+    out = images.parent / "out"
+    arguments = ["ingest", f"--images={images}", f"--annotations={file}", f"--out={out}", "--local"]
+    result = CliRunner().invoke(main, arguments)
+    assert_refused(result, images, words)
+    assert len(result.stderr.splitlines()) == 1
+    assert sorted(images.parent.rglob("*")) == before
+
+
 def test_what_has_no_counterpart_is_refused_both_ways(images: Path) -> None:
     content = annotations()
     content["images"][1]["file_name"] = "other.png"
@@ -283,6 +329,35 @@ def test_a_resume_with_other_annotations_is_refused(images: Path) -> None:
     other = ingest(images, annotations(info={"version": 2}))
     assert other.exit_code == 2
     assert "annotations was 'sha256" in other.stderr
+
+
+def test_annotations_are_hashed_once_in_a_start(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    real = files.hash_annotations
+
+    def counting(path: Path, name: str | None = None) -> str:
+        hashed.append(path)
+        return real(path, name)
+
+    monkeypatch.setattr(files, "hash_annotations", counting)
+    file = images.parent / "export.json"
+    file.write_text(json.dumps(annotations()))
+    config = IngestConfig(
+        images=str(images), out=str(images.parent / "out"), annotations=str(file), local=True
+    )
+    assert stage.run(replace(config, shard_size=1, limit=1)).ok == 1
+    hashed.clear()
+    assert stage.run(config).ok == 2  # a resume, which looks at what was begun more than once
+    assert hashed == [file]
+    stage.describe(config)
+    assert hashed == [file] * 2
+    file.write_text(json.dumps(annotations(info={"version": 2})))
+    with pytest.raises(SaEngineError, match="annotations was 'sha256"):
+        stage.run(config)  # nothing of the start before is believed
+    with pytest.raises(SaEngineError, match="annotations was 'sha256"):
+        stage.describe(config)
 
 
 def test_what_is_no_mask_is_counted(images: Path) -> None:
@@ -316,7 +391,8 @@ def test_a_dry_run_reads_the_annotations_and_writes_nothing(images: Path) -> Non
         ("photo.jpg", "a/photo.jpg"),
         ("./a/photo.jpg", "a/photo.jpg"),
         ("C:\\images\\photo.jpg", "a/photo.jpg"),
-        ("photo.png", "a/photo.jpg"),
+        ("photo.png", "a/photo.jpg"),  # as our exports name a photo whose released JPEG is meant
+        ("b/photo.png", "a/photo.jpg"),
         ("3fa2bc91-photo.jpg", "a/photo.jpg"),
         ("/data/local-files/?d=set/photo.jpg", "a/photo.jpg"),
         ("s3://bucket/set/photo.jpg", "a/photo.jpg"),

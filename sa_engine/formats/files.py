@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -20,6 +22,18 @@ FORMATS: dict[str, ModuleType] = {
 _SUFFIXES = (".json", ".xml")
 # More than any export of a text format; an archive that says so is a bomb.
 _LARGEST = 4_000_000_000
+# What archives raise that are cut off, changed, or encrypted (RuntimeError).
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
 
 
 def read_annotations(path: Path, name: str | None = None) -> list[Parsed]:
@@ -123,14 +137,8 @@ def _files(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]
             yield from _members_of_tar(path, suffixes)
         else:
             yield str(path), path.read_bytes()
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-    ) as error:
-        raise FormatError(f"{path}: a damaged archive: {error}") from None
+    except _DAMAGED as error:
+        raise FormatError(f"{path}: a damaged archive, or an encrypted one: {error}") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from None
 
