@@ -27,7 +27,7 @@ from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
 from sa_engine.rle import RLE
 from sa_engine.run_dir import images_folder, planned_keys
-from sa_engine.storage import AnyPath, sha256_file
+from sa_engine.storage import AnyPath, RunError, sha256_file
 
 _READERS = 8
 _MEMORY = 1_500_000_000
@@ -52,10 +52,16 @@ class Drawn(NamedTuple):
 
 @dataclass
 class IngestStage:
-    """The stage as the runner knows it; every worker reads the annotations itself."""
+    """The stage as the runner knows it; every worker reads the annotations itself.
+
+    Attributes:
+        parsed: as from `matched`; None in a worker.
+        hashes: sha256 of the photos that had to be read to be found, by key. They travel to the workers.
+    """
 
     name: str = "ingest"
     parsed: "dict[str, tuple[AnnotatedImage, Parsed]] | None" = field(default=None, repr=False)
+    hashes: dict[str, str | None] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the annotations behind: they may be larger than what should travel."""
@@ -63,7 +69,7 @@ class IngestStage:
 
     def identity(self, config: IngestConfig) -> dict[str, str]:
         """Read the annotations and find the photo of each image, so that a mistake is told before any work."""
-        self.parsed = matched(config)
+        self.parsed = matched(config, self.hashes)
         return {}
 
     @property
@@ -80,7 +86,8 @@ class IngestStage:
 
     def make_worker(self, config: IngestConfig) -> "IngestWorker":
         """Read the annotations in this process."""
-        return IngestWorker(self.parsed if self.parsed is not None else matched(config), config)
+        found = self.parsed if self.parsed is not None else matched(config, self.hashes)
+        return IngestWorker(found, config)
 
 
 class IngestWorker:
@@ -227,34 +234,47 @@ def upright(annotation: Annotation, annotated: AnnotatedImage, photo: Decoded) -
     )
 
 
-def matched(config: IngestConfig) -> dict[str, tuple[AnnotatedImage, Parsed]]:
+def matched(
+    config: IngestConfig, hashes: dict[str, str | None]
+) -> dict[str, tuple[AnnotatedImage, Parsed]]:
     """Every annotated photo's annotations, and the file they are of, by the photo's key.
 
-    Raises FormatError: annotations that cannot be read, or that match no photo.
+    Photos whose sha256 is needed and not in `hashes` are read, and put there.
+
+    Raises:
+        FormatError: annotations that cannot be read, or that match no photo.
+        RunError: a store of photos does not answer.
     """
+
+    def hash_once(keys: Sequence[str]) -> list[str | None]:
+        new = [key for key in keys if key not in hashes]
+        hashes.update(zip(new, hash_photos(images_folder(config), new), strict=True))
+        return [hashes[key] for key in keys]
+
     name = None if config.format == "auto" else config.format
     parsed = read_annotations(Path(config.annotations), name)
     images = [image for one in parsed for image in one.images]
     of = {id(image): one for one in parsed for image in one.images}
-    found = match_images(
-        images,
-        planned_keys(config),
-        config.allow_unmatched,
-        lambda keys: hash_photos(images_folder(config), keys),
-    )
+    found = match_images(images, planned_keys(config), config.allow_unmatched, hash_once)
     return {key: (image, of[id(image)]) for key, image in found.items()}
 
 
 def hash_photos(folder: AnyPath, keys: Sequence[str]) -> list[str | None]:
-    """Sha256 (hex) of photos below a folder; None where one cannot be read, which the run will tell."""
+    """Sha256 (hex) of photos below a folder; None where one cannot be read, which the run will tell.
+
+    Raises RunError if a store does not answer: which photo is meant must not depend on it.
+    """
 
     def sha256(key: str) -> str | None:
         path = folder / key
         try:
             # To open a device may start it, and a pipe would wait for ever.
             return None if isinstance(path, Path) and not path.is_file() else sha256_file(path)
-        except OSError:
-            return None
+        except OSError as error:
+            if isinstance(path, Path) or isinstance(error, FileNotFoundError):
+                return None
+            detail = " ".join(str(error).split())
+            raise RunError(f"photo {path} cannot be read: {detail}; run again") from None
 
     with ThreadPoolExecutor(_READERS) as readers:
         return list(readers.map(sha256, keys))
@@ -267,7 +287,7 @@ def run(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.Rep
         SaEngineError: bad annotations, another run's folder, or too many failures: by default, one.
     """
     stage = IngestStage()
-    # Workers may run elsewhere.
+    # Workers may run elsewhere. A config of its own: what it knows of the annotations is of this start.
     config = replace(config, annotations=str(Path(config.annotations).absolute()))
     report = runner.run(stage, config, lambda: stage.identity(config), start)
     return replace(report, ignored={**report.ignored, **stage.left_out})
@@ -275,7 +295,7 @@ def run(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.Rep
 
 def describe(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.PlanSummary:
     """What :func:`run` would do, without doing or writing anything; the annotations are read too."""
-    stage = IngestStage()
+    stage, config = IngestStage(), replace(config)
     stage.identity(config)
     summary = runner.describe(stage, config, start)
     return replace(summary, ignored={**summary.ignored, **stage.left_out})

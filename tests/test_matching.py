@@ -3,7 +3,8 @@
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from skimage import data
 from test_format_labelme import file_of, image_of, shape
 
 from sa_engine.cli import main
+from sa_engine.config import IngestConfig
 from sa_engine.formats.matching import match_images
 from sa_engine.formats.model import AnnotatedImage, FormatError
 from sa_engine.reader import iter_records
+from sa_engine.remote import RemotePath
+from stages.ingest import IngestStage, hash_photos
 
 
 def annotated(name: str, sha256: str | None = None) -> AnnotatedImage:
@@ -78,8 +82,9 @@ def test_damaged_image_data_has_no_sha256() -> None:
     assert found == [hashlib.sha256(b"picture").hexdigest(), *[None] * 5]
 
 
-def test_a_labelme_file_finds_its_renamed_photo(tmp_path: Path) -> None:
-    """One photo renamed, the other not; the renamed one's old name now is another photo's stem."""
+@pytest.fixture
+def labelled(tmp_path: Path) -> tuple[Path, Path]:
+    """Two photos and their labelme files: one photo was renamed since, the other not."""
     photos, made = tmp_path / "photos", tmp_path / "made"
     photos.mkdir()
     made.mkdir()
@@ -99,8 +104,42 @@ def test_a_labelme_file_finds_its_renamed_photo(tmp_path: Path) -> None:
                 )
             )
         )
+    return photos, made
+
+
+def test_a_labelme_file_finds_its_renamed_photo(
+    tmp_path: Path, labelled: tuple[Path, Path]
+) -> None:
+    photos, made = labelled
     command = ["ingest", f"--images={photos}", f"--annotations={made}", "--local"]
     result = CliRunner().invoke(main, [*command, f"--out={tmp_path / 'out'}"])
     assert result.exit_code == 0, result.output
     found = {str(record.source_path): record.width for record in iter_records(tmp_path / "out")}
     assert found == {"renamed.png": 600, "kept.png": 512}
+
+
+def test_workers_read_no_photo_again_to_find_it(
+    tmp_path: Path, labelled: tuple[Path, Path]
+) -> None:
+    photos, made = labelled
+    config = IngestConfig(images=str(photos), annotations=str(made), out=str(tmp_path / "out"))
+    stage = IngestStage()
+    stage.identity(config)
+    assert list(stage.hashes) == ["renamed.png"], "the other is found by its name"
+    (photos / "renamed.png").write_bytes(b"other bytes")
+    sent = pickle.loads(pickle.dumps(stage))
+    assert sent.parsed is None
+    assert sent.make_worker(config).matched.keys() == {"kept.png", "renamed.png"}
+
+
+def test_photos_in_a_store_are_read_for_their_bytes(
+    s3: Callable[[str], str], tmp_path: Path
+) -> None:
+    photos = RemotePath(s3("by-bytes"))
+    (photos / "a" / "x.png").put(b"picture")
+    expected = hashlib.sha256(b"picture").hexdigest()
+    assert hash_photos(photos, ["a/x.png", "gone.png"]) == [expected, None]
+    (tmp_path / "x.png").write_bytes(b"picture")
+    (tmp_path / "folder.png").mkdir()
+    keys = ["x.png", "folder.png", "gone.png"]
+    assert hash_photos(tmp_path, keys) == [expected, None, None]
