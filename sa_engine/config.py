@@ -3,6 +3,7 @@
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,10 +339,15 @@ class IngestConfig(ShardConfig):
 
     def identity_of_files(self) -> dict[str, Any]:
         """The annotations: other ones are another run."""
+        return {"annotations": f"sha256 {self._sha256}"}
+
+    @cached_property
+    def _sha256(self) -> str:
+        """Of the annotations as they are when it is first asked for: a start asks several times."""
         from sa_engine.formats.files import hash_annotations
 
         name = None if self.format == "auto" else self.format
-        return {"annotations": f"sha256 {hash_annotations(Path(self.annotations), name)}"}
+        return hash_annotations(Path(self.annotations), name)
 
 
 @dataclass(frozen=True, kw_only=True)
