@@ -20,7 +20,7 @@ from sa_engine.pairing import Pair, pair_masks
 from sa_engine.reader import iter_records
 from sa_engine.records import ImageRecord, MaskRecord
 from sa_engine.run_dir import read_info
-from sa_engine.storage import AnyPath, RunPaths, atomic_write
+from sa_engine.storage import AnyPath, RunPaths, write_results
 
 SHARES = (0.9, 0.75)
 _SCHEMA_VERSION = 1
@@ -177,10 +177,8 @@ def write_audit(
     Raises RunError: a picture that cannot be read, or a file that cannot be written.
     """
     content = json.dumps(agreement.to_dict(), indent=1).encode()
-    atomic_write(dest / "audit.json", content)
-    drawn = [
-        (picture, caption) for picture, caption in _worst(agreement, before, worst) if picture.size
-    ]
+    write_results(dest, {"audit.json": content})
+    drawn = list(_worst(agreement, before, worst))
     if not drawn:
         return (dest / "audit.json",)
     title = f"The {len(drawn)} pairs of least IoU: before (red), after (green)"

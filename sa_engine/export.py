@@ -1,9 +1,9 @@
 """A run's masks in the formats of other tools: one folder, whole or not at all."""
 
 import shutil
-import tempfile
+import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sa_engine.errors import SaEngineError
 from sa_engine.formats import coco, cvat, instance_png, label_studio, labelme, sa1b, yolo_seg
 from sa_engine.formats.model import NamedImage, Writer, Writing
-from sa_engine.holdout import read_holdout
+from sa_engine.holdout import chooser, read_holdout
 from sa_engine.plan import read_plan
 from sa_engine.reader import iter_contents
 from sa_engine.records import ImageRecord
@@ -46,7 +46,6 @@ EXPORT_FORMATS = {
     "sa1b": Format(sa1b.write, pictures="", original_names=False),
     "yolo-seg": Format(yolo_seg.write),
 }
-SPLITS = ("all", "holdout", "rest")
 
 
 class ExportError(SaEngineError):
@@ -94,14 +93,15 @@ def export(
         format_name: a key of `EXPORT_FORMATS`.
         names: "original" calls images as the photos were, "released" `sa_<id>.jpg`; None: as the format's tools expect.
         pictures: also write the released pictures, which always fit the masks.
-        split: of `SPLITS`, by the run's `holdout.json`.
+        split: of `holdout.SPLITS`.
         ids: images to write; all if there are none.
         tolerance: pixels by which polygons may be simplified.
         progress: show a bar.
 
     Raises:
-        ExportError: the folder is in use, pictures that the run does not have, or two images of one name.
-        RunError: no run there.
+        ExportError: the folder is in use or cannot be written, pictures or an image that the run does not have, or two
+            images of one name.
+        RunError: no run there, or no split.
     """
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ExportError(f"{dest} is there and not empty: name a new folder")
@@ -111,27 +111,35 @@ def export(
     chosen = EXPORT_FORMATS[format_name]
     original = chosen.original_names if names is None else names == "original"
     writing = Writing(pictures=chosen.pictures, tolerance=tolerance)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent))
+    in_split = chooser(out, split)
+    wanted = frozenset(ids)
+    folder = dest.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
+        folder.mkdir(parents=True)
         reading = _Reading(out, folder / chosen.pictures, original, pictures)
-        wanted = _wanted(out, split, ids)
-        for name, piece in chosen.write(reading.images(wanted, progress), writing):
+        images = reading.images(
+            lambda image_id: in_split(image_id) and (not wanted or image_id in wanted), progress
+        )
+        for name, piece in chosen.write(images, writing):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 file.write(piece)
-        missing = sorted(set(ids) - reading.ids)
+        missing = sorted(wanted - reading.ids)
         if missing:
             raise ExportError(
                 f"{out} has no finished image {missing[0]}: it failed or is not planned"
             )
         if not reading.ids:
             raise ExportError(f"{out} has no finished image to export (--split {split})")
-        folder.chmod(0o777 & ~_umask())
         if dest.exists():
             dest.rmdir()
         folder.rename(dest)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ExportError(
+            f"cannot read {out} or write {dest}: {error.strerror or error}; nothing was written"
+        ) from None
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -157,7 +165,7 @@ class _Reading:
         self.short_sides: Counter[int] = Counter()
         self._stems: dict[str, str] = {}
 
-    def images(self, wanted: "Wanted", progress: bool) -> Iterator[NamedImage]:
+    def images(self, wanted: Callable[[int], bool], progress: bool) -> Iterator[NamedImage]:
         paths = RunPaths(self.out)
         plan = read_plan(paths.plan)
         markers = read_markers(paths, range(len(plan)))
@@ -195,24 +203,6 @@ class _Reading:
         return str(name)
 
 
-class Wanted:
-    """Whether an image is to be exported."""
-
-    def __init__(self, ids: Collection[int], holdout: frozenset[int], split: str) -> None:
-        self.ids, self.holdout, self.split = frozenset(ids), holdout, split
-
-    def __call__(self, image_id: int) -> bool:
-        in_split = self.split == "all" or (image_id in self.holdout) == (self.split == "holdout")
-        return in_split and (not self.ids or image_id in self.ids)
-
-
-def _wanted(out: AnyPath, split: str, ids: Collection[int]) -> Wanted:
-    holdout = read_holdout(out)
-    if split != "all" and holdout is None:
-        raise ExportError(f"{out} has no holdout.json: `sa-engine split` writes it")
-    return Wanted(ids, holdout.image_ids if holdout else frozenset(), split)
-
-
 def _notes(
     out: AnyPath, reading: _Reading, writing: Writing, short_side: int | None, split: str
 ) -> Iterator[str]:
@@ -231,11 +221,3 @@ def _notes(
     for what, count in writing.lost.items():
         if count:
             yield f"not in this format: {what} ({count:,})"
-
-
-def _umask() -> int:
-    import os
-
-    current = os.umask(0)
-    os.umask(current)
-    return current

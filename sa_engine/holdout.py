@@ -6,12 +6,14 @@ plan nor the other images matter, and copies of one photo always fall on the sam
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sa_engine.reader import Source, iter_sources
 from sa_engine.storage import AnyPath, RunError, atomic_write
 
+SPLITS = ("all", "holdout", "rest")
 _SCHEMA_VERSION = 1
 
 
@@ -84,6 +86,23 @@ def read_holdout(out: AnyPath) -> Holdout | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"cannot read {path}: {error}; put back the file that was written") from None
+
+
+def chooser(out: AnyPath, split: str) -> Callable[[int], bool]:
+    """Which image ids of a run belong to a split: one of `SPLITS`.
+
+    Raises RunError if images were never held out, and the split is not "all".
+    """
+    if split == "all":
+        return lambda image_id: True
+    holdout = read_holdout(out)
+    if holdout is None:
+        raise RunError(
+            f"{out} has no split: hold images out with `sa-engine split {out} --holdout N`, or take "
+            "--split all"
+        )
+    held_out = holdout.image_ids
+    return lambda image_id: (image_id in held_out) == (split == "holdout")
 
 
 def _hash(image: Source, seed: int) -> str:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +169,21 @@ def atomic_write(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_results(folder: AnyPath, files: Mapping[str, bytes]) -> list[AnyPath]:
+    """Write files by their names into a folder, each whole or not at all; the folder is made if it is missing.
+
+    Raises RunError if one cannot be written.
+    """
+    try:
+        for name, content in files.items():
+            atomic_write(folder / name, content)
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {folder}: {error.strerror or error}; name a folder that can be written"
+        ) from None
+    return [folder / name for name in files]
 
 
 def place(temporary: Path, path: AnyPath, *, durable: bool = True) -> None:

@@ -220,7 +220,7 @@ def test_what_is_no_run_or_unfinished_is_told(runs: list[Path], tmp_path: Path) 
         ([runs[0], f"{runs[0]}/"], "named twice"),
         ([runs[0], "--compare", runs[0]], "named twice"),
         ([runs[0], "--compare", tmp_path], "is not the output of a run"),
-        ([runs[0], "--out", runs[0].parent / "coco.json"], "cannot be written"),
+        ([runs[0], "--out", runs[0].parent / "coco.json"], "cannot write to"),
     ):
         result = report(*arguments)
         assert result.exit_code == 2 and result.stderr.startswith("Error: "), result.output

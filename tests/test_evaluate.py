@@ -21,6 +21,7 @@ from sa_engine.holdout import split
 from sa_engine.modeling.sam import load_sam
 from sa_engine.modeling.weights import resolve
 from sa_engine.reader import iter_records
+from sa_engine.storage import RunError
 
 PROTOCOL = Protocol(points=(1, 3))
 
@@ -232,7 +233,7 @@ def test_json_to_the_terminal_of_a_run_without_pictures(shards: Path, tmp_path: 
 def test_splits_and_samples_choose_images(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     shutil.copytree(shards, out)
-    with pytest.raises(EvaluationError, match=r"no split: .*sa-engine split"):
+    with pytest.raises(RunError, match=r"no split: .*sa-engine split"):
         open_data(out, "a", "holdout")
     held_out = split(out, 1).image_ids
     with_masks = {record.image_id for record in iter_records(out) if record.masks}

@@ -160,6 +160,9 @@ def test_nothing_is_left_where_an_export_fails(run: Path) -> None:
     assert export(run, "coco").exit_code == 0
     result = export(run, "coco")
     assert result.exit_code == 2 and "not empty" in result.stderr
+    file = run.parent / "export_coco" / "annotations.json"
+    result = CliRunner().invoke(main, ["export", str(run), "--format=coco", f"--out={file}/x"])
+    assert result.exit_code == 2 and "nothing was written" in result.stderr, result.output
 
 
 def test_held_out_images_are_told_or_left_out(run: Path) -> None:

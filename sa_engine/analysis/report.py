@@ -5,7 +5,6 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from sa_engine.reader import shard_records
 from sa_engine.records import ImageRecord
 from sa_engine.run_dir import read_info
 from sa_engine.shards import ShardStats, read_markers
-from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write, location
+from sa_engine.storage import AnyPath, RunError, RunPaths, location, write_results
 
 SCHEMA_VERSION = 1
 
@@ -112,20 +111,17 @@ def make_report(dirs: Sequence[str], compare: Sequence[str] = ()) -> Report:
     return Report([*runs, *({**run, "compared": True} for run in told)], table, figures, compared)
 
 
-def write_report(report: Report, dest: Path) -> list[Path]:
+def write_report(report: Report, dest: AnyPath) -> list[AnyPath]:
     """Write `report.html` and `report.json` into a folder, which is made if missing."""
     from sa_engine.analysis.page import page  # matplotlib takes a second
 
-    content = {
-        "report.html": page(report).encode(),
-        "report.json": json.dumps(report.to_dict(), allow_nan=False).encode(),
-    }
-    try:
-        for name, data in content.items():
-            atomic_write(dest / name, data)
-    except OSError as error:
-        raise RunError(f"the report cannot be written to {dest}: {error}") from None
-    return [dest / name for name in content]
+    return write_results(
+        dest,
+        {
+            "report.html": page(report).encode(),
+            "report.json": json.dumps(report.to_dict(), allow_nan=False).encode(),
+        },
+    )
 
 
 class _Run:

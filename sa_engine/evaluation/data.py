@@ -2,7 +2,7 @@
 
 import hashlib
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sa_engine.evaluation.interactive import EvaluationError
-from sa_engine.holdout import read_holdout
+from sa_engine.holdout import chooser
 from sa_engine.images import BadImage, decode_image
 from sa_engine.pictures import released_photo
 from sa_engine.plan import read_plan
@@ -86,13 +86,13 @@ def open_data(
         seed: of the sample.
 
     Raises:
-        RunError: no run there, or a damaged one.
-        EvaluationError: no masks there, or no split.
+        RunError: no run there, a damaged one, or no split.
+        EvaluationError: no masks there.
     """
     config = read_info(RunPaths(out)).config
     if "formats" not in config:
         raise EvaluationError(f"{out} has no masks: it is no run of shards")
-    inside = _chooser(out, split)
+    inside = chooser(out, split)
     finished = 0
     digests: dict[int, tuple[int, str]] = {}
     for record in iter_records(out):
@@ -111,20 +111,6 @@ def open_data(
     together = hashlib.sha256("".join(digests[one][1] for one in chosen).encode())
     masks = sum(digests[one][0] for one in chosen)
     return DataSet(name, out, config, tuple(chosen), masks, together.hexdigest())
-
-
-def _chooser(out: AnyPath, split: str) -> Callable[[int], bool]:
-    """Which image ids belong to a split."""
-    if split == "all":
-        return lambda image_id: True
-    holdout = read_holdout(out)
-    if holdout is None:
-        raise EvaluationError(
-            f"{out} has no split: hold images out with `sa-engine split {out} --holdout N`, or "
-            "evaluate with --split all"
-        )
-    held_out = holdout.image_ids
-    return lambda image_id: (image_id in held_out) == (split == "holdout")
 
 
 def _digest(record: ImageRecord) -> str:

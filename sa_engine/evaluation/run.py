@@ -20,7 +20,7 @@ from sa_engine.modeling.sam import load_sam, model_fingerprint, select_device
 from sa_engine.modeling.weights import resolve
 from sa_engine.predictor import Predictor
 from sa_engine.resources import cores
-from sa_engine.storage import AnyPath, atomic_write, location
+from sa_engine.storage import AnyPath, location, write_results
 
 
 def evaluate(
@@ -102,18 +102,12 @@ def prepare_output(out: AnyPath) -> None:
 def write(report: Report, out: AnyPath) -> list[AnyPath]:
     """Write `evaluate.json` and `evaluate.png` into a folder, each whole or not at all.
 
-    Raises EvaluationError if they cannot be written.
+    Raises RunError if they cannot be written.
     """
     from sa_engine.evaluation.plots import plot
 
     content = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-    files = {"evaluate.json": content.encode(), "evaluate.png": plot(report)}
-    try:
-        for name, file in files.items():
-            atomic_write(out / name, file)
-    except OSError as error:
-        raise EvaluationError(f"cannot write the results to {out}: {error.strerror}") from None
-    return [out / name for name in files]
+    return write_results(out, {"evaluate.json": content.encode(), "evaluate.png": plot(report)})
 
 
 def short_names(texts: Sequence[str]) -> list[str]:
