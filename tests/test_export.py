@@ -15,7 +15,8 @@ from pycocotools.coco import COCO
 from test_ingest import NAMES, annotations, images, ingest  # noqa: F401
 
 from sa_engine import rle
-from sa_engine.cli import EXPORT_NAMES, main
+from sa_engine.cli import main
+from sa_engine.cli.runs import EXPORT_NAMES
 from sa_engine.export import EXPORT_FORMATS
 from sa_engine.formats import outline
 from sa_engine.reader import iter_records

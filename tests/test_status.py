@@ -34,7 +34,7 @@ def files(out: Path) -> dict[str, int]:
 def test_a_running_run_says_how_far_it_is_and_when_it_will_end(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sa_engine.cli._WATCH_LOG_S", 0.1)
+    monkeypatch.setattr("sa_engine.cli.runs._WATCH_LOG_S", 0.1)
     out = tmp_path / "out"
     code = (
         "import sys; from sa_engine import lock; lock._BEAT_S = 0.1; sys.argv[0] = 'small_stage.py';"

@@ -11,6 +11,25 @@ from sa_engine.options import help_text
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+split_flag = click.option(
+    "--split",
+    type=click.Choice(["all", "holdout", "rest"]),
+    default="all",
+    show_default=True,
+    help="Images that `sa-engine split` held out, or the others.",
+)
+
+
+def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The file of options, and any option by its name."""
+    file = click.option(
+        "--config", "file", type=Path, metavar="FILE", help="YAML file, see configs/."
+    )
+    sets = click.option(
+        "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any option; repeatable."
+    )
+    return file(sets(command))
+
 
 def flag(cls: type[Config], name: str, *declarations: str, **settings: Any) -> Decorator:
     """A flag for an option of a config; None when it was not given."""
@@ -75,12 +94,7 @@ def run_flags(cls: type[Config]) -> Decorator:
     flags = [
         flag(cls, "images", metavar="DIR|URI"),
         flag(cls, "out", metavar="DIR|URI"),
-        click.option(
-            "--config", "file", type=Path, metavar="FILE", help="YAML file, see configs/."
-        ),
-        click.option(
-            "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any option; repeatable."
-        ),
+        config_flags,
         flag(cls, "local"),
         flag(cls, "ray_address", metavar="ADDRESS"),
         flag(cls, "num_workers"),

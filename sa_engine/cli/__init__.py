@@ -1,0 +1,52 @@
+"""The command line: each command reads its options, calls one function, and prints its report."""
+
+from typing import Any
+
+import click
+
+from sa_engine import __version__
+from sa_engine.cli import models, runs, stages
+from sa_engine.errors import SaEngineError
+
+_INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Tells a user's mistake in one sentence; anything else is a crash, with its traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of work, not of the alphabet
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SaEngineError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(_INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sa-engine")
+def main() -> None:
+    """Photos in, SA-1B-style segmentation data out."""
+
+
+for command in (
+    stages.ingest,
+    stages.auto,
+    stages.blur,
+    stages.blur_eval,
+    runs.status,
+    runs.errors,
+    runs.verify,
+    runs.show,
+    runs.report,
+    runs.audit,
+    runs.split,
+    runs.export,
+    models.evaluate,
+    models.weights,
+):
+    main.add_command(command)
