@@ -137,7 +137,8 @@ def _parse_set(cls: type[Config], text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text}: expected key=value, like --set points_per_side=16")
     hint = get_type_hints(cls).get(key)
     if get_origin(hint) is tuple:
-        return {key: [item.strip() for item in raw.strip("[]").split(",") if item.strip()]}
+        items = [item.strip() for item in raw.strip("[]").split(",") if item.strip()]
+        return {key: items if get_args(hint)[0] is str else [yaml.safe_load(i) for i in items]}
     if str in _alternatives(hint) and raw not in ("null", "~"):
         return {key: raw}
     try:
@@ -178,8 +179,10 @@ def _convert(kind: Any, value: Any) -> Any:
     if get_origin(kind) is Literal:
         return value if value in get_args(kind) else None
     if get_origin(kind) is tuple:
-        listed = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        return tuple(value) if listed else None
+        if not isinstance(value, list | tuple):
+            return None
+        items = [_convert(get_args(kind)[0], item) for item in value]
+        return None if None in items else tuple(items)
     if kind is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-3 as text
             number = float(value)
@@ -204,7 +207,9 @@ def _expected(kind: Any, bounds: Bounds | None) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        return "a list of names"
+        return (
+            "a list of " + {str: "names", int: "whole numbers", float: "numbers"}[get_args(kind)[0]]
+        )
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
     low, high = bounds or (None, None)
     if low is not None and high is not None:

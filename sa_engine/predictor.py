@@ -102,11 +102,17 @@ class Predictor:
                     "the checkpoint is damaged, or needs --precision fp32"
                 )
             return [
-                Embedding(
-                    one, size, (p.shape[0], p.shape[1]), self.decoder.share(one, self.no_mask)
-                )
+                self.wrap(one, size, (p.shape[0], p.shape[1]))
                 for one, p, size in zip(features.split(1), pixels, sizes, strict=True)
             ]
+
+    def wrap(
+        self, features: Tensor, size: tuple[int, int], input_size: tuple[int, int]
+    ) -> Embedding:
+        """An embedding of this model's from its (1, 256, 64, 64) features; the sizes are `Embedding`'s."""
+        with self.inference():
+            shared = self.decoder.share(features, self.no_mask)
+        return Embedding(features, size, input_size, shared)
 
     def predict(
         self,

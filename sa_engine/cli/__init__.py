@@ -35,6 +35,7 @@ def main() -> None:
 
 for command in (
     stages.ingest,
+    stages.retrain,
     stages.auto,
     stages.blur,
     stages.blur_eval,

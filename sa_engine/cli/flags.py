@@ -37,13 +37,13 @@ def flag(cls: type[Config], name: str, *declarations: str, **settings: Any) -> D
     types = {int: int, int | None: int, float: float, float | None: float}
     defaults: dict[str, Any] = {"type": types.get(kind), "help": help_text(cls, name)}
     if kind is bool:
-        defaults |= {"is_flag": True, "callback": _or_none}
+        defaults |= {"is_flag": True, "callback": or_none}
     return click.option(
         *(declarations or [f"--{name.replace('_', '-')}"]), name, **{**defaults, **settings}
     )
 
 
-def _or_none(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
+def or_none(ctx: click.Context, param: click.Parameter, given: Any) -> Any:
     """What click gives for a flag or a list that was not given becomes None."""
     return given or None
 
@@ -76,7 +76,7 @@ def _shard_flags(cls: type[Config]) -> list[Decorator]:
             "--format",
             type=click.Choice(FORMATS),
             multiple=True,
-            callback=_or_none,
+            callback=or_none,
             help="Part of a shard to write; repeatable, default: all.",
         ),
         flag(
@@ -120,7 +120,7 @@ def run_flags(cls: type[Config]) -> Decorator:
 
 def privacy_flags(cls: type[Config]) -> Decorator:
     """The flags of commands that look for faces and plates."""
-    several = {"multiple": True, "callback": _or_none}
+    several = {"multiple": True, "callback": or_none}
     faces = flag(cls, "face_detectors", "--faces", type=click.Choice(FACE_DETECTORS), **several)
     plates = flag(cls, "plate_detectors", "--plates", type=click.Choice(PLATE_DETECTORS), **several)
     return lambda command: faces(plates(command))

@@ -14,6 +14,7 @@ from sa_engine.cli.flags import (
     config_flags,
     flag,
     given_options,
+    or_none,
     privacy_flags,
     run_flags,
 )
@@ -28,6 +29,7 @@ from sa_engine.config import (
     to_yaml,
 )
 from sa_engine.errors import SaEngineError, TooManyFailures
+from sa_engine.training.config import RetrainConfig
 
 
 @click.command()
@@ -165,3 +167,63 @@ def _run_stage(
         click.echo(f"{stage.describe(config, start)}\n\n{to_yaml(config)}", nl=False)
     else:
         click.echo(stage.run(config, start))
+
+
+@click.command()
+@click.option(
+    "--data",
+    multiple=True,
+    callback=or_none,
+    metavar="DIR|URI",
+    help="Runs of shards whose masks are trained on; repeatable.",
+)
+@flag(RetrainConfig, "init", metavar="NAME|FILE|ROUND")
+@flag(RetrainConfig, "out", metavar="DIR")
+@config_flags
+@flag(
+    RetrainConfig,
+    "gate",
+    multiple=True,
+    callback=or_none,
+    metavar="DIR|URI",
+    help="Run to judge the round on, not trained on; repeatable.",
+)
+@flag(RetrainConfig, "iterations")
+@flag(RetrainConfig, "batch_size")
+@flag(RetrainConfig, "lr")
+@flag(RetrainConfig, "seed")
+@flag(RetrainConfig, "device", metavar="DEVICE")
+@flag(RetrainConfig, "precision", type=click.Choice(["fp32", "bf16"]))
+@flag(RetrainConfig, "num_workers")
+@flag(RetrainConfig, "threads_per_worker")
+@flag(RetrainConfig, "ray")
+@flag(RetrainConfig, "ray_address", metavar="ADDRESS")
+@flag(RetrainConfig, "gpus_per_worker")
+@click.option("--overwrite", is_flag=True, help="Remove the round that is there, and start over.")
+@click.option("--steal-lock", is_flag=True, help=STARTS["steal-lock"])
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+def retrain(
+    file: Path | None,
+    sets: tuple[str, ...],
+    overwrite: bool,
+    steal_lock: bool,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
+    """Train SAM again on the masks of shards.
+
+    This is the paper's training between rounds. The output is a round, a folder that every command takes as
+    --checkpoint. Run it again with the same options to resume it.
+    """
+    config = load_config(RetrainConfig, file, sets, flags)
+    from stages import retrain as stage
+
+    report = None if overwrite else stage.finished(config)
+    if report is None:
+        planned = stage.plan(config, overwrite)
+        click.echo(planned, err=not dry_run)
+        if dry_run:
+            click.echo(f"\n{to_yaml(config)}", nl=False)
+            return
+        report = stage.run(planned, overwrite, steal_lock)
+    click.echo(report)

@@ -125,9 +125,13 @@ def evaluate_model(
 
 
 def evaluate_image(
-    predictor: Predictor, record: ImageRecord, image: np.ndarray, protocol: Protocol
+    predictor: Predictor,
+    record: ImageRecord,
+    image: np.ndarray,
+    protocol: Protocol,
+    embedding: Embedding | None = None,
 ) -> ImageScores:
-    """Measure a model on the masks of one image, as :func:`evaluate_model` does."""
+    """Measure a model on the masks of one image, as :func:`evaluate_model` does; it may be embedded already."""
     if image.shape[:2] != (record.height, record.width):
         raise EvaluationError(
             f"image {record.image_id} is {image.shape[1]}x{image.shape[0]} pixels, and its masks are "
@@ -138,10 +142,11 @@ def evaluate_image(
     firsts = [
         _first_click(mask, truth, protocol) for mask, truth in zip(masks, truths, strict=True)
     ]
-    try:
-        embedding = predictor.embed(image)
-    except FloatingPointError as error:
-        raise EvaluationError(f"image {record.image_id}: {error}") from None
+    if embedding is None:
+        try:
+            embedding = predictor.embed(image)
+        except FloatingPointError as error:
+            raise EvaluationError(f"image {record.image_id}: {error}") from None
     device = predictor.sam.device.type
     size = protocol.masks_per_batch or MASKS_PER_BATCH.get(device, DEFAULT_MASKS_PER_BATCH)
     iou = {metric: np.zeros(len(masks)) for metric in protocol.metrics}

@@ -62,7 +62,7 @@ class FoldedDecoder:
         self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         first, norm, _, second, _ = decoder.output_upscaling
         assert isinstance(norm, LayerNorm2d)
-        self.upscaling = (*_as_linear(first), *_as_linear(second))
+        self.upscaling = (*as_linear(first), *as_linear(second))
         self.upscaling_norm = (norm.weight, norm.bias, norm.eps)
 
     def share(self, image: Tensor, dense: Tensor) -> SharedImage:
@@ -78,9 +78,9 @@ class FoldedDecoder:
         to_image, to_tokens = block.cross_attn_token_to_image, block.cross_attn_image_to_token
         return SharedImage(
             source.to(self.dtype),
-            _heads(to_image.k_proj(key), to_image).contiguous(),
-            _heads(to_image.v_proj(source), to_image).contiguous(),
-            _heads(to_tokens.q_proj(key), to_tokens).to(self.dtype).transpose(2, 3).contiguous(),
+            heads(to_image.k_proj(key), to_image).contiguous(),
+            heads(to_image.v_proj(source), to_image).contiguous(),
+            heads(to_tokens.q_proj(key), to_tokens).to(self.dtype).transpose(2, 3).contiguous(),
         )
 
     def attend(self, shared: SharedImage, prompt_tokens: Tensor) -> Attended:
@@ -143,7 +143,7 @@ class FoldedDecoder:
         # Prompts without a mask see the same image: their tokens attend to it as if they were one prompt's.
         together = query.view(len(shared.keys), -1, query.shape[2])
         attended = F.scaled_dot_product_attention(
-            _heads(together, attention), shared.keys, shared.values
+            heads(together, attention), shared.keys, shared.values
         )
         attended = attended.transpose(1, 2).reshape(query.shape)
         tokens = block.norm2(tokens + attention.out_proj(attended))
@@ -154,7 +154,7 @@ class FoldedDecoder:
     ) -> "ImageUpdate":
         """The first layer's update, whose queries are the same for all prompts."""
         attention = block.cross_attn_image_to_token
-        key = _scaled_heads(attention.k_proj, tokens + token_pe, attention).to(self.dtype)
+        key = scaled_heads(attention.k_proj, tokens + token_pe, attention).to(self.dtype)
         queries = shared.queries.expand(len(key), -1, -1, -1)
 
         def scores(image: Tensor, prompts: slice, cells: slice) -> Tensor:
@@ -165,9 +165,9 @@ class FoldedDecoder:
     def _update(self, block: TwoWayBlock, tokens: Tensor, token_pe: Tensor) -> "ImageUpdate":
         """A later layer's update: its query projection is folded into the keys."""
         attention = block.cross_attn_image_to_token
-        key = _scaled_heads(attention.k_proj, tokens + token_pe, attention)
-        folded = _fold(key, attention.q_proj.weight).to(self.dtype)
-        bias = (key * _head_rows(attention.q_proj.bias, attention)).sum(-1).flatten(1)
+        key = scaled_heads(attention.k_proj, tokens + token_pe, attention)
+        folded = fold(key, attention.q_proj.weight).to(self.dtype)
+        bias = (key * head_rows(attention.q_proj.bias, attention)).sum(-1).flatten(1)
         bias = bias[..., None].to(self.dtype)
         heads = key.shape[1:3]
 
@@ -181,7 +181,7 @@ class FoldedDecoder:
     def _update_parts(self, block: TwoWayBlock, tokens: Tensor) -> tuple[Tensor, Norm]:
         """Values (B, heads * T, width) with the output projection folded in, and the norm after them."""
         attention = block.cross_attn_image_to_token
-        values = _heads(attention.v_proj(tokens), attention)
+        values = heads(attention.v_proj(tokens), attention)
         outputs = attention.out_proj.weight.unflatten(1, (attention.heads, -1)).permute(1, 2, 0)
         # Every head's weights sum to 1, so the bias can go into the values.
         folded = values @ outputs + attention.out_proj.bias / attention.heads
@@ -212,8 +212,8 @@ class FoldedDecoder:
         Returns:
             (B, T, width) what the tokens gathered.
         """
-        split = _scaled_heads(attention.q_proj, query, attention)
-        folded = _fold(split, attention.k_proj.weight).to(self.dtype)
+        split = scaled_heads(attention.q_proj, query, attention)
+        folded = fold(split, attention.k_proj.weight).to(self.dtype)
         scores = image.new_empty(*folded.shape[:2], image.shape[1])
         gathered = torch.empty_like(folded)
         for prompts, tiles in _tiles(image):
@@ -276,27 +276,27 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return (left[0] @ right[0])[None] if len(left) == 1 else left @ right
 
 
-def _scaled_heads(projection: nn.Linear, x: Tensor, attention: Attention) -> Tensor:
+def scaled_heads(projection: nn.Linear, x: Tensor, attention: Attention) -> Tensor:
     """Project (B, T, width), split by head, and scale as attention's scores are: (B, heads, T, inner / heads)."""
-    return _heads(projection(x), attention) * (len(projection.weight) / attention.heads) ** -0.5
+    return heads(projection(x), attention) * (len(projection.weight) / attention.heads) ** -0.5
 
 
-def _fold(split: Tensor, projection: Tensor) -> Tensor:
+def fold(split: Tensor, projection: Tensor) -> Tensor:
     """(B, heads, T, d) vectors against a projection's rows (heads * d, width) -> (B, heads * T, width)."""
     return (split @ projection.unflatten(0, split.shape[1::2])).flatten(1, 2)
 
 
-def _heads(x: Tensor, attention: Attention) -> Tensor:
+def heads(x: Tensor, attention: Attention) -> Tensor:
     """(B, T, inner) -> (B, heads, T, inner / heads)."""
     return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
 
 
-def _head_rows(bias: Tensor, attention: Attention) -> Tensor:
+def head_rows(bias: Tensor, attention: Attention) -> Tensor:
     """(inner,) -> (heads, 1, inner / heads)."""
     return bias.unflatten(0, (attention.heads, 1, -1))
 
 
-def _as_linear(convolution: nn.Module) -> tuple[Tensor, Tensor]:
+def as_linear(convolution: nn.Module) -> tuple[Tensor, Tensor]:
     """A 2x2 stride-2 transposed convolution as weight (4 * out, in) and bias (4 * out); rows by output pixel."""
     assert isinstance(convolution, nn.ConvTranspose2d) and convolution.bias is not None
     weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous()

@@ -1,0 +1,294 @@
+"""The training loop (paper §A): one encode per image and step, its masks prompted, corrected and prompted again.
+
+Workers share the images of a step. They add up the gradients of the losses' sum over all masks, and divide by the
+number of masks in the whole batch: any number of workers takes the same steps.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sa_engine.modeling.image_encoder import Block
+from sa_engine.modeling.sam import Sam
+from sa_engine.modeling.tiny_vit import MBConv, PatchMerging, TinyViTBlock
+from sa_engine.training.config import RetrainConfig
+from sa_engine.training.data import Sample, TrainingData
+from sa_engine.training.embeddings import EmbeddingCache
+from sa_engine.training.group import Group
+from sa_engine.training.losses import LossRules
+from sa_engine.training.optimizer import make_optimizer, rate, set_rate
+from sa_engine.training.prompts import PromptRules
+from sa_engine.training.simulate import Simulation, Tally
+from sa_engine.training.state import TrainingState
+from sa_engine.training.validation import MEAN, Validation
+
+_MASKS_PER_DECODE = {"cpu": 4}
+_DEFAULT_MASKS_PER_DECODE = 64
+_SAMPLE, _PROMPTS = range(2)  # purposes of generators
+_LOADED_AHEAD = 2
+BLOCKS = (Block, MBConv, PatchMerging, TinyViTBlock)  # recomputed whole by gradient checkpointing
+
+
+def simulation_of(config: RetrainConfig, device: torch.device) -> Simulation:
+    """The interactive simulation that a config asks for."""
+    return Simulation(
+        prompts=PromptRules(
+            box_odds=config.box_odds,
+            box_noise=config.box_noise,
+            max_box_noise=config.max_box_noise,
+            corrections=config.corrections,
+            mask_only_steps=config.mask_only_steps,
+            box_multimask=config.box_multimask,
+        ),
+        losses=LossRules(
+            focal=config.focal_weight,
+            dice=config.dice_weight,
+            iou=config.iou_weight,
+            alpha=config.focal_alpha,
+            gamma=config.focal_gamma,
+            iou_of_all=config.iou_of_all,
+        ),
+        reduce_steps=config.reduce_steps,
+        loss_size=config.loss_size,
+        masks_per_decode=config.masks_per_decode
+        or _MASKS_PER_DECODE.get(device.type, _DEFAULT_MASKS_PER_DECODE),
+        bf16=config.precision == "bf16",
+    )
+
+
+class Loaded(NamedTuple):
+    """An image of a step."""
+
+    position: int  # in the global batch
+    sample: Sample
+    embedding: Tensor | None  # (1, 256, 64, 64) from the cache
+
+
+class Trainer:
+    """A model in training, on one of the workers.
+
+    Args:
+        config: how.
+        group: the workers.
+        sam: the model, on this worker's device; its weights change.
+        data: what it is trained on.
+        cache: of the embeddings, where the encoder is frozen.
+        validation: what it is measured on, if anything.
+        state: where it goes on from; None: from the weights of ``sam``.
+    """
+
+    def __init__(
+        self,
+        config: RetrainConfig,
+        group: Group,
+        sam: Sam,
+        data: TrainingData,
+        cache: EmbeddingCache | None = None,
+        validation: Validation | None = None,
+        state: TrainingState | None = None,
+    ) -> None:
+        self.config, self.group, self.sam, self.data = config, group, sam, data
+        self.cache, self.validation = cache, validation
+        set_trainable(sam, config)
+        self.optimizer = make_optimizer(sam, config)
+        self.simulation = simulation_of(config, group.device)
+        self.state = state or TrainingState(0, {}, {})
+        if state is not None:
+            sam.load_state_dict(state.model)
+            self.optimizer.load_state_dict(state.optimizer)
+
+    def run(
+        self,
+        save: Callable[[TrainingState], None],
+        note: Callable[[dict[str, Any]], None],
+        progress: Callable[[int], object] = lambda iteration: None,
+    ) -> int:
+        """Train to the last iteration, or until a signal comes.
+
+        Args:
+            save: called with the state now and then, and at the end.
+            note: called with a line of metrics.
+            progress: called after each iteration.
+
+        Returns:
+            Number of the signal that ended it, 0 if none did.
+        """
+        config, state = self.config, self.state
+        if not state.validations:
+            self._validate(note)
+        tally, started = Tally(), time.monotonic()
+        for samples in self._samples(state.iteration):
+            lr = self._step(state.iteration, samples, tally)
+            state.iteration += 1
+            last = state.iteration == config.iterations
+            signal = self.group.stop_signal()
+            progress(state.iteration)
+            if last or signal or state.iteration % config.log_every == 0:
+                state.seconds += time.monotonic() - started
+                note(self._metrics(tally, lr))
+                tally, started = Tally(), time.monotonic()
+            if last or state.iteration % validation_interval(config) == 0:
+                self._validate(note)
+                started = time.monotonic()
+            if last or signal or state.iteration % config.save_every == 0:
+                state.model, state.optimizer = self.sam.state_dict(), self.optimizer.state_dict()
+                save(state)
+            if signal:
+                return signal
+        return 0
+
+    def _samples(self, first: int) -> Iterator[list[Loaded]]:
+        """This worker's images of every iteration from ``first`` on, loaded ahead."""
+        config = self.config
+
+        def load(iteration: int) -> list[Loaded]:
+            batch = self.data.batch(iteration, config.batch_size, self.group.rank, self.group.size)
+            found = []
+            for position, index in batch:
+                rng = np.random.default_rng((config.seed, _SAMPLE, iteration, position))
+                sample = self.data.load(
+                    index,
+                    rng,
+                    image_size=self.sam.image_size,
+                    max_masks=config.max_masks,
+                    jitter=(config.jitter[0], config.jitter[1]) if config.jitter else None,
+                    pixels=self.cache is None,
+                )
+                if sample is not None:
+                    cached = self.cache and self.cache.get(self.data.content_key(index))
+                    found.append(Loaded(position, sample, cached))
+            return found
+
+        with ThreadPoolExecutor(1) as loader:
+            ahead: deque[Future[list[Loaded]]] = deque()
+            for iteration in range(first, config.iterations + _LOADED_AHEAD):
+                if iteration < config.iterations:
+                    ahead.append(loader.submit(load, iteration))
+                if len(ahead) > _LOADED_AHEAD or iteration >= config.iterations:
+                    yield ahead.popleft().result()
+
+    def _step(self, iteration: int, samples: list[Loaded], tally: Tally) -> float:
+        """One step of the optimizer, the same on all workers; gives its learning rate."""
+        config, masks_before = self.config, tally.masks
+        set_training_mode(self.sam, config)
+        self.optimizer.zero_grad(set_to_none=True)
+        for position, sample, cached in samples:
+            # Dropout and drop path of an image do not depend on the worker it is on.
+            torch.manual_seed(_seed(config.seed, iteration, position))
+            rng = np.random.default_rng((config.seed, _PROMPTS, iteration, position))
+            with tally.timed("encoder", self.group.device):
+                embedding = self._embed(sample) if cached is None else self._on_device(cached)
+            leaf = embedding.detach().requires_grad_(embedding.requires_grad)
+            self.simulation.train(self.sam, leaf, sample.masks, rng, tally)
+            if embedding.requires_grad:
+                with tally.timed("encoder", self.group.device):
+                    embedding.backward(leaf.grad)
+        with tally.timed("optimizer", self.group.device):
+            (masks,) = self.group.sum([tally.masks - masks_before])
+            gradients = self._gradients()
+            self.group.all_reduce(gradients)
+            torch._foreach_div_(gradients, max(masks, 1.0))
+            if config.clip_norm is not None:
+                parameters = [p for p in self.sam.parameters() if p.requires_grad]
+                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            set_rate(self.optimizer, lr := rate(config, iteration))
+            self.optimizer.step()
+        self.state.masks += int(masks)
+        return lr
+
+    def _embed(self, sample: Sample) -> Tensor:
+        """The embedding (1, 256, 64, 64) of a sample; with its graph if the encoder is trained."""
+        assert sample.pixels is not None
+        pixels = torch.from_numpy(sample.pixels).to(self.group.device).permute(2, 0, 1)
+        bf16 = self.config.precision == "bf16"
+        with (
+            torch.set_grad_enabled(self.config.train_encoder),
+            torch.autocast(self.group.device.type, torch.bfloat16, enabled=bf16),
+        ):
+            return self.sam.image_encoder(self.sam.preprocess(pixels)[None]).float()
+
+    def _on_device(self, cached: Tensor) -> Tensor:
+        return cached.to(self.group.device).float()
+
+    def _gradients(self) -> list[Tensor]:
+        """Of all parameters in training; zeros where this worker's images gave none."""
+        parameters = [p for p in self.sam.parameters() if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def _metrics(self, tally: Tally, lr: float) -> dict[str, Any]:
+        """What the last iterations cost, over all workers: means over masks, and milliseconds per mask by part."""
+        names, parts = sorted(tally.sums), sorted(tally.seconds)
+        values = [tally.sums[name] for name in names] + [tally.seconds[part] for part in parts]
+        masks, *summed = self.group.sum([tally.masks, *values])
+        sums = dict(zip(names, summed, strict=False))
+        seconds = dict(zip(parts, summed[len(names) :], strict=True))
+        boxes = sums.pop("boxes", 0.0)
+        counts = {"box_miou": boxes, "point_miou": masks - boxes}
+        return {
+            "iteration": self.state.iteration,
+            "lr": lr,
+            "masks": self.state.masks,
+            "seconds": round(self.state.seconds, 2),
+            **{name: value / max(counts.get(name, masks), 1) for name, value in sums.items()},
+            "ms_per_mask": {k: round(1000 * v / max(masks, 1), 2) for k, v in seconds.items()},
+        }
+
+    def _validate(self, note: Callable[[dict[str, Any]], None]) -> None:
+        """Measure the model as it is, and keep it if it is the best so far."""
+        if self.validation is None:
+            return
+        found = self.validation.measure(self.sam, self.config.precision)
+        state = self.state
+        state.validations.append({"iteration": state.iteration, **found})
+        note(
+            {"iteration": state.iteration, "validation": found, "seconds": round(state.seconds, 2)}
+        )
+        if self.config.keep == "best":
+            scores = [one[MEAN] for one in state.validations]
+            if scores[-1] >= max(scores):
+                weights = {name: value.clone() for name, value in self.sam.state_dict().items()}
+                state.best = (state.iteration, weights)
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def validation_interval(config: RetrainConfig) -> int:
+    """Iterations between validations."""
+    return config.validate_every or max(1, config.iterations // 10)
+
+
+def set_trainable(sam: Sam, config: RetrainConfig) -> None:
+    """Ask for gradients of what is trained: the encoder if it is, never a classification head left over."""
+    sam.requires_grad_(True)
+    if not config.train_encoder:
+        sam.image_encoder.requires_grad_(False)
+    for name, module in sam.image_encoder.named_children():
+        if name in ("head", "norm_head"):
+            module.requires_grad_(False)
+    if config.gradient_checkpointing and config.train_encoder:
+        for block in sam.image_encoder.modules():
+            if isinstance(block, BLOCKS):
+                block.forward = partial(checkpoint, type(block).forward, block, use_reentrant=False)
+
+
+def set_training_mode(sam: Sam, config: RetrainConfig) -> None:
+    """Dropout and drop path as in training; a frozen encoder, and all batch norms, as when the model is used."""
+    sam.train()
+    if not config.train_encoder:
+        sam.image_encoder.eval()
+    for module in sam.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()

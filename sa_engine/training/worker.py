@@ -1,0 +1,164 @@
+"""One process of a training: builds its model, fills its share of the cache, trains, and as the main one writes."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import torch
+from tqdm import tqdm
+
+from sa_engine.modeling.sam import Sam, model_fingerprint
+from sa_engine.storage import RunError, RunPaths, atomic_write
+from sa_engine.training.config import RetrainConfig
+from sa_engine.training.data import TrainingData
+from sa_engine.training.embeddings import EmbeddingCache, encoder_fingerprint
+from sa_engine.training.group import Group
+from sa_engine.training.init import initial_model
+from sa_engine.training.loop import Trainer
+from sa_engine.training.state import TrainingState, load_state, save_state
+from sa_engine.training.validation import Validation
+
+METRICS = "metrics.jsonl"
+_LINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is sent.
+
+    Attributes:
+        config: of the round.
+        paths: of the round.
+        data: what it is trained on.
+        fingerprint: of the model that it starts from, which every worker loads by itself.
+    """
+
+    config: RetrainConfig
+    paths: RunPaths
+    data: TrainingData
+    fingerprint: str
+
+
+def first_model(config: RetrainConfig, device: torch.device | str = "cpu") -> Any:
+    """The model that a round starts from, and its parent; the same in every process."""
+    return initial_model(
+        config.init,
+        architecture=config.architecture,
+        encoder_init=config.encoder_init,
+        decoder_depth=config.decoder_depth,
+        dropout=config.dropout,
+        drop_path=config.drop_path if config.train_encoder else 0.0,
+        seed=config.seed,
+        device=device,
+    )
+
+
+def work(group: Group, job: Job) -> int:
+    """Train, in this process; gives the number of the signal that ended it, 0 if none did."""
+    cv2.setNumThreads(1)
+    config, paths = job.config, job.paths
+    sam, _ = first_model(config)
+    if model_fingerprint(sam) != job.fingerprint:
+        raise RunError(
+            f"init {config.init} has other weights on worker {group.rank} than where the round was "
+            "started: give all machines the same file"
+        )
+    sam.to(group.device)
+    cache = _fill_cache(group, job, sam) if config.cached else None
+    validation = None
+    if config.validation:
+        sets = [(one.name, one) for one in job.data.validation_sets()]
+        frozen = not config.train_encoder
+        validation = Validation(sets, config.validation_images, group, frozen)
+    state = load_state(paths)
+    trainer = Trainer(config, group, sam, job.data, cache, validation, state)
+    if not group.is_main:
+        return trainer.run(_nothing, _nothing)
+    with _Journal(paths, config, trainer.state) as journal:
+        return trainer.run(lambda state: save_state(paths, state), journal.note, journal.tick)
+
+
+def _nothing(*args: object) -> None:
+    """What workers other than the main one do with what all of them know."""
+
+
+def _fill_cache(group: Group, job: Job, sam: Sam) -> EmbeddingCache:
+    """The cache of the frozen encoder's embeddings, filled by all workers together."""
+    cache = EmbeddingCache(job.paths.run / "embeddings", encoder_fingerprint(sam))
+    raise NotImplementedError
+
+
+class _Journal:
+    """What the main worker tells of a training: `metrics.jsonl`, TensorBoard where it is installed, a bar or lines."""
+
+    def __init__(self, paths: RunPaths, config: RetrainConfig, state: TrainingState) -> None:
+        self._path, self._scratch = paths.out / METRICS, paths.scratch
+        self._lines = [one for one in read_metrics(paths) if one["iteration"] <= state.iteration]
+        self._total, self._first = config.iterations, state.iteration
+        self._board = _board(paths)
+        self._bar: tqdm | None = None
+        self._told = time.monotonic()
+
+    def __enter__(self) -> "_Journal":
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total, initial=self._first, unit="step", dynamic_ncols=True
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def tick(self, iteration: int) -> None:
+        """An iteration is finished."""
+        if self._bar is not None:
+            self._bar.update(iteration - self._bar.n)
+
+    def note(self, line: dict[str, Any]) -> None:
+        """Keep a line of metrics."""
+        self._lines.append(line)
+        text = "".join(json.dumps(one) + "\n" for one in self._lines)
+        atomic_write(self._path, text.encode(), scratch=self._scratch, durable=False)
+        values = {**line, **line.get("validation", {}), **line.get("ms_per_mask", {})}
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "iteration":
+                    self._board.add_scalar(name, value, line["iteration"])
+        told = words(line)
+        if self._bar is not None:
+            self._bar.set_postfix_str(told)
+        elif time.monotonic() - self._told > _LINE_S or "validation" in line:
+            self._told = time.monotonic()
+            sys.stderr.write(f"{line['iteration']} of {self._total} steps, {told}\n")
+            sys.stderr.flush()
+
+
+def words(line: dict[str, Any]) -> str:
+    """A line of metrics as a person reads it."""
+    if "validation" in line:
+        named = [f"{name} {value:.3f}" for name, value in line["validation"].items()]
+        return "validation mIoU: " + ", ".join(named)
+    return f"loss {line['total']:.3f}, mIoU of points {line['point_miou']:.3f}"
+
+
+def read_metrics(paths: RunPaths) -> list[dict[str, Any]]:
+    """All lines of a round's `metrics.jsonl`; none if there is no such file."""
+    try:
+        return [json.loads(line) for line in (paths.out / METRICS).read_bytes().splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def _board(paths: RunPaths) -> Any:
+    """A TensorBoard writer, if TensorBoard is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(paths.run / "tensorboard"))

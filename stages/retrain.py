@@ -1,0 +1,350 @@
+"""Training between rounds (paper §4, §A): SAM learns from the masks just collected, and becomes the next round's model.
+
+Each mask is prompted as an annotator would, with a point or a box and then with corrections, for eleven steps in the
+paper; focal and dice loss of the best of three masks, and the error of the predicted IoU, train the model by AdamW.
+``sa_engine/training/`` does that; this stage plans a round, runs the workers, and writes what they made.
+"""
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sa_engine.rounds import (
+    INFO,
+    MIOU,
+    Parent,
+    RoundInfo,
+    Verdict,
+    model_facts,
+    read_round,
+    write_model,
+)
+from sa_engine.rounds import TrainingData as TrainedOn
+from sa_engine.training.data import TrainingData
+from sa_engine.training.parallel import run_workers
+
+from sa_engine.config import ConfigError, identity_values, to_dict
+from sa_engine.evaluation.data import DataSet, open_data
+from sa_engine.evaluation.run import short_names
+from sa_engine.holdout import read_holdout
+from sa_engine.lock import RunLock
+from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_device
+from sa_engine.modeling.weights import resolve
+from sa_engine.progress import Interrupted, this_command
+from sa_engine.resources import cores
+from sa_engine.run_dir import RunInfo, check_same, read_info
+from sa_engine.storage import (
+    RunError,
+    RunPaths,
+    atomic_write,
+    list_names,
+    location,
+    sweep,
+    told_if_output_fails,
+)
+from sa_engine.training import gate
+from sa_engine.training.config import RetrainConfig
+from sa_engine.training.plots import plot_curves
+from sa_engine.training.state import TrainingState, load_state, state_path
+from sa_engine.training.validation import BOX, MEAN
+from sa_engine.training.worker import METRICS, Job, first_model, read_metrics, work
+
+CURVES = "curves.png"
+_OURS = ("model.safetensors", INFO, METRICS, CURVES, "_run")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A round before it is trained: all that can be known and refused by then.
+
+    Attributes:
+        config: its options.
+        paths: its folder.
+        data: what it is trained on.
+        parent: what it starts from.
+        fingerprint: of the weights that it starts from.
+        gate: data sets that it is judged on.
+        parameters: trained, and all.
+        done: iterations that are done already.
+    """
+
+    config: RetrainConfig
+    paths: RunPaths
+    data: TrainingData
+    parent: Parent
+    fingerprint: str
+    gate: tuple[DataSet, ...]
+    parameters: tuple[int, int]
+    done: int
+
+    def __str__(self) -> str:
+        """One line for each thing that a person wants to check before the start."""
+        config = self.config
+        trained, total = self.parameters
+        lines = [f"init: {self.parent.name} ({self.fingerprint[:12]})"]
+        lines += [f"  {note}" for note in self.parent.notes]
+        lines.append(f"trained: {trained / 1e6:.1f} of {total / 1e6:.1f} million parameters")
+        for run in self.data.runs:
+            kept = f"; {run.validation_images} images to validate on" * (run.validation_images > 0)
+            held = f"; {run.held_out} held out" * (run.held_out > 0)
+            left = f"; {run.large_masks} masks too large" * (run.large_masks > 0)
+            lines.append(
+                f"data: {run.name}, {run.images} images, {run.masks} masks{kept}{held}{left}"
+            )
+        epochs = config.iterations * config.batch_size / self.data.slots
+        lines.append(
+            f"{config.iterations} iterations of {config.batch_size} images, {epochs:.1f} epochs"
+            + f"; {self.done} done" * (self.done > 0)
+        )
+        lines += [f"gate: {one.name}, {len(one.image_ids)} images" for one in self.gate]
+        return "\n".join([*lines, f"output: {self.paths.out}"])
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """A finished round."""
+
+    paths: RunPaths
+    info: RoundInfo
+
+    def __str__(self) -> str:
+        """Give what was reached, in a few lines."""
+        info = self.info
+        lines = [f"round: {self.paths.out} ({info.architecture}, {info.fingerprint[:12]})"]
+        lines.append(f"{info.iterations} iterations, {info.seconds / 60:.1f} minutes of training")
+        before, after = info.metrics.get("before", {}), info.metrics.get("after", {})
+        lines += [
+            f"validation {name}: {before[name]:.3f} -> {after[name]:.3f} ({after[name] - before[name]:+.3f})"
+            for name in after
+        ]
+        if info.gate is not None:
+            verdict = "promoted" if info.gate.promoted else "NOT promoted"
+            lines.append(f"gate: {verdict}: {info.gate.reason}")
+        return "\n".join(lines)
+
+
+def finished(config: RetrainConfig) -> RoundReport | None:
+    """The round that a config describes, if it is there already. Raises RunError if another is."""
+    paths = RunPaths(location(config.out))
+    if not (paths.out / INFO).exists():
+        return None
+    before = read_info(paths).identity
+    check_same(paths, before, {key: value for key, value in identity_values(config).items()})
+    return RoundReport(paths, read_round(paths.out))
+
+
+def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
+    """Look at everything that a round needs; writes nothing.
+
+    Raises:
+        SaEngineError: no such data, model, device or folder, or another round in it.
+    """
+    select_device(config.device)
+    paths = RunPaths(location(config.out))
+    strangers = sorted(name for name in list_names(paths.out) if name not in _OURS)
+    if strangers:
+        raise RunError(
+            f"output {paths.out} holds {strangers[0]}, which is no part of a round: --out takes a new "
+            "or empty folder, or that of a round to go on with"
+        )
+    data = TrainingData.open(
+        [location(one) for one in config.data],
+        max_mask_coverage=config.max_mask_coverage,
+        oversample=config.source_weights(),
+        validation=config.validation,
+        seed=config.seed,
+    )
+    if config.validation and not data.validation_sets():
+        raise ConfigError("validation leaves no image to measure on: there is only one photo")
+    sam, parent = first_model(config)
+    found = Plan(
+        config,
+        paths,
+        data,
+        parent,
+        model_fingerprint(sam),
+        _gate_sets(config),
+        _parameters(sam, config),
+        0,
+    )
+    if overwrite or not paths.info.exists():
+        return found
+    check_same(paths, read_info(paths).identity, _identity(found))
+    state = load_state(paths)
+    return found if state is None else Plan(**{**vars(found), "done": state.iteration})
+
+
+def run(planned: Plan, overwrite: bool = False, steal_lock: bool = False) -> RoundReport:
+    """Train a planned round, or go on with it.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; the state is saved.
+        SaEngineError: another process trains it, or its output cannot be written.
+    """
+    config, paths = planned.config, planned.paths
+    with (
+        told_if_output_fails(paths),
+        RunLock(paths, uuid.uuid4().hex, steal_lock),
+    ):
+        if overwrite:
+            _clear(paths)
+        if not paths.info.exists():
+            _start(planned)
+        job = Job(config, paths, planned.data, planned.fingerprint)
+        threads = config.threads_per_worker or max(1, cores() // config.num_workers)
+        signum = run_workers(
+            work, job, num_workers=config.num_workers, threads=threads, device=config.device
+        )
+        state = load_state(paths)
+        assert state is not None, "workers save their state before they end"
+        if signum:
+            raise Interrupted(
+                f"stopped after {state.iteration} of {config.iterations} iterations; go on with: "
+                f"{this_command()}",
+                signum,
+            )
+        torch.set_num_threads(cores())
+        info = _finish(planned, state)
+        for leftover in (paths.scratch, paths.run / "embeddings"):
+            sweep(leftover)
+        state_path(paths).unlink(missing_ok=True)
+    return RoundReport(paths, info)
+
+
+def _identity(planned: Plan) -> dict[str, object]:
+    """What decides a round's weights."""
+    return {
+        **identity_values(planned.config),
+        "data_fingerprint": planned.data.fingerprint,
+        "init_fingerprint": planned.fingerprint,
+    }
+
+
+def _start(planned: Plan) -> None:
+    """Write `run.json`, which makes the plan binding."""
+    from sa_engine import __version__
+    from sa_engine.options import fingerprint
+
+    config = planned.config
+    RunInfo(
+        version=__version__,
+        stage="retrain",
+        config={**to_dict(config), "out": str(planned.paths.out)},
+        identity=_identity(planned),
+        model={"init_fingerprint": planned.fingerprint},
+        fingerprint=fingerprint(config),
+        ignored={},
+    ).write(planned.paths)
+
+
+def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
+    """Choose the weights, judge them, and write the round."""
+    config, paths = planned.config, planned.paths
+    sam, parent = first_model(config)
+    weights = state.model if config.keep == "last" or state.best is None else state.best[1]
+    if config.init_share:
+        initial = sam.state_dict()
+        weights = {
+            name: torch.lerp(value, initial[name], config.init_share)
+            if value.is_floating_point()
+            else value
+            for name, value in weights.items()
+        }
+    sam.load_state_dict(weights)
+    info = RoundInfo(
+        **model_facts(sam),
+        parent=parent,
+        data=_trained_on(planned.data),
+        config=to_dict(config),
+        iterations=state.iteration,
+        seconds=state.seconds,
+        metrics=_metrics(config, state),
+        gate=_judge(planned, sam) if planned.gate else None,
+    )
+    atomic_write(paths.out / CURVES, plot_curves(read_metrics(paths)))
+    write_model(paths.out, sam, info)
+    return info
+
+
+def _judge(planned: Plan, sam: Sam) -> Verdict:
+    """Measure the new model and the one it started from on the gate's images."""
+    config = planned.config
+    device = select_device(config.device)
+    parent = load_sam(resolve(config.init), device)
+    before, after = (
+        gate.measure(
+            model.to(device), planned.gate, images=config.gate_images, precision=config.precision
+        )
+        for model in (parent, sam)
+    )
+    sam.cpu()
+    return gate.judge(before, after, config.gate_miou_margin, config.gate_masks_margin)
+
+
+def _gate_sets(config: RetrainConfig) -> tuple[DataSet, ...]:
+    """The gate's data sets: of a run with held-out images these, of another all; never what is trained on."""
+    places = [location(one) for one in config.gate]
+    trained = {str(location(one)) for one in config.data}
+    found = []
+    for name, place in zip(short_names([str(one) for one in places]), places, strict=True):
+        held_out = read_holdout(place) is not None
+        if str(place) in trained and not held_out:
+            raise ConfigError(
+                f"gate {place} is trained on: name another run, or hold images out of it with "
+                f"`sa-engine split {place} --holdout N`"
+            )
+        found.append(open_data(place, name, "holdout" if held_out else "all"))
+    return tuple(found)
+
+
+def _metrics(config: RetrainConfig, state: TrainingState) -> dict[str, object]:
+    """What validation measured before, and of the weights that are kept."""
+    if not state.validations:
+        return {}
+    kept = state.best[0] if config.keep == "best" and state.best is not None else state.iteration
+    found = {int(one["iteration"]): one for one in state.validations}
+    before, after = (_named(found[iteration]) for iteration in (0, kept))
+    return {"before": before, "after": after, "kept_iteration": kept}
+
+
+def _named(validation: dict[str, float]) -> dict[str, float]:
+    names = {MEAN: MIOU, BOX: "miou_box"}
+    return {
+        names.get(name, f"{MIOU} {name}"): value
+        for name, value in validation.items()
+        if name != "iteration"
+    }
+
+
+def _trained_on(data: TrainingData) -> tuple[TrainedOn, ...]:
+    return tuple(
+        TrainedOn(
+            run=one.out,
+            name=one.name,
+            fingerprint=one.fingerprint,
+            images=one.images,
+            masks=one.masks,
+            left_out={"large": one.large_masks, "empty": one.empty_masks},
+        )
+        for one in data.runs
+    )
+
+
+def _parameters(sam: Sam, config: RetrainConfig) -> tuple[int, int]:
+    from sa_engine.training.loop import set_trainable
+
+    set_trainable(sam, config)
+    sizes: Sequence[tuple[bool, int]] = [(p.requires_grad, p.numel()) for p in sam.parameters()]
+    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+
+
+def _clear(paths: RunPaths) -> None:
+    """Remove a round with all it has made, but for the lock that is held."""
+    for name in (INFO, "model.safetensors", METRICS, CURVES):
+        (paths.out / name).unlink(missing_ok=True)
+    for name in ("run.json", "state.pt"):
+        (paths.run / name).unlink(missing_ok=True)
+    for folder in (paths.run / "embeddings", paths.run / "tensorboard"):
+        shutil.rmtree(folder, ignore_errors=True)
