@@ -58,7 +58,7 @@ class EmbeddingCache:
         try:
             with safe_open(self.path(key), "pt") as file:
                 values, told = file.get_tensor("embedding"), file.metadata()
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return None
         return values.float() if told == self._label(key, values) else None
 
@@ -67,7 +67,10 @@ class EmbeddingCache:
 
         Raises:
             EmbeddingCacheError: a value is not finite, or not in this precision; or the file cannot be written.
+            ValueError: another shape.
         """
+        if embedding.shape != _SHAPE:
+            raise ValueError(f"an embedding is {tuple(embedding.shape)}: expected {_SHAPE}")
         values = embedding.detach().to("cpu", self._dtype).contiguous()
         if not values.isfinite().all():
             raise EmbeddingCacheError(
