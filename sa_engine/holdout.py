@@ -6,7 +6,7 @@ plan nor the other images matter, and copies of one photo always fall on the sam
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def split(out: AnyPath, count: int, seed: int = 0) -> Holdout:
     Raises:
         RunError: no run there, fewer images than asked for, or a split with another seed is there.
     """
-    images = [(_hash(image, seed), image) for image in iter_sources(out)]
+    images = [(photo_hash(image, str(seed)), image) for image in iter_sources(out)]
     before = read_holdout(out)
     if before is None:
         ordered = sorted({digest for digest, _ in images})
@@ -105,6 +105,31 @@ def chooser(out: AnyPath, split: str) -> Callable[[int], bool]:
     return lambda image_id: (image_id in held_out) == (split == "holdout")
 
 
-def _hash(image: Source, seed: int) -> str:
-    """Of an image's content; of its path where a run without Parquet does not know the content."""
-    return hashlib.sha256(f"{seed}:{image.sha256 or image.source_path}".encode()).hexdigest()
+def kept_from_training(outs: Sequence[AnyPath]) -> list[Callable[[Source], bool]]:
+    """Which images of some runs no model may be trained on, one function for each run.
+
+    A photo that one run holds out is held out of all of them. Of a run's images that were added since its
+    `split`, those that the next one will hold out are held out already.
+
+    Raises RunError if a `holdout.json` is damaged.
+    """
+    holdouts = [read_holdout(out) for out in outs]
+    photos = {image["sha256"] for one in holdouts if one for image in one.images} - {None}
+
+    def of_run(holdout: Holdout | None) -> Callable[[Source], bool]:
+        if holdout is None:
+            return lambda image: image.sha256 in photos
+        ids, seed, threshold = holdout.image_ids, str(holdout.seed), holdout.threshold
+        return lambda image: (
+            image.image_id in ids or image.sha256 in photos or photo_hash(image, seed) <= threshold
+        )
+
+    return [of_run(holdout) for holdout in holdouts]
+
+
+def photo_hash(image: Source, salt: str) -> str:
+    """Of an image's content; of its path where a run without Parquet does not know the content.
+
+    Another salt gives an independent hash: 64 hex digits, evenly distributed.
+    """
+    return hashlib.sha256(f"{salt}:{image.sha256 or image.source_path}".encode()).hexdigest()

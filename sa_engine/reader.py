@@ -5,11 +5,12 @@ import io
 import json
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sa_engine.partial import (
@@ -20,7 +21,14 @@ from sa_engine.partial import (
     finished_redaction,
 )
 from sa_engine.plan import Shard, read_plan, shard_name
-from sa_engine.records import ImageRecord, from_sa1b, from_table, image_name
+from sa_engine.records import (
+    ImageRecord,
+    check_version,
+    from_sa1b,
+    from_table,
+    image_name,
+    to_table,
+)
 from sa_engine.shards import ShardStats, read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, sha256_file
 
@@ -106,6 +114,35 @@ def iter_records(out: AnyPath) -> Iterator[ImageRecord]:
     plan = read_plan(paths.plan)
     for index, stats in read_markers(paths, range(len(plan))).items():
         yield from shard_records(out, plan[index], stats)
+
+
+def iter_tables(out: AnyPath, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Some columns of the records of a run's committed shards, many images at a time.
+
+    Args:
+        out: the run's folder.
+        columns: of `ARROW_SCHEMA`; a field of the masks as "masks.list.element.area".
+
+    Yields:
+        The shard's index, and rows in the order of their ids: 64 at most of what sa-engine wrote. Where a run has no
+        Parquet, with all columns, and null for what its tars do not know.
+
+    Raises:
+        RunError: `out` holds no run.
+        RecordError: records of another schema version.
+    """
+    paths = RunPaths(out)
+    plan = read_plan(paths.plan)
+    for index, stats in read_markers(paths, range(len(plan))).items():
+        name = f"{shard_name(index)}.parquet"
+        if name not in stats.files:
+            yield index, to_table(list(_records_of_tar(out, plan[index])))
+            continue
+        with (out / name).open("rb") as handle, pq.ParquetFile(handle) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=list(columns))
+                check_version(table)
+                yield index, table
 
 
 def shard_records(out: AnyPath, shard: Shard, stats: ShardStats) -> Iterator[ImageRecord]:

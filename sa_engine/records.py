@@ -283,8 +283,7 @@ def _check_finite(name: str, column: pa.Array) -> None:
 
 def from_table(table: pa.Table) -> list[ImageRecord]:
     """The inverse of `to_table`. Raises RecordError for another schema version."""
-    version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
-    _check_version(version)
+    check_version(table)
     return [_from_row(row) for row in table.to_pylist()]
 
 
@@ -292,7 +291,9 @@ def _from_row(row: dict[str, Any]) -> ImageRecord:
     return ImageRecord(**{**row, "masks": tuple(MaskRecord(**mask) for mask in row["masks"])})
 
 
-def _check_version(version: str) -> None:
+def check_version(table: pa.Table) -> None:
+    """Raise RecordError for records of another schema version, be it but some of their columns."""
+    version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
     if version != str(SCHEMA_VERSION):
         raise RecordError(
             f"record schema version {version}: this version of sa-engine reads {SCHEMA_VERSION}"

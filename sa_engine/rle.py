@@ -55,6 +55,26 @@ def decode(rle: RLE) -> np.ndarray:
     return coco.decode(_coco(rle)).astype(bool)
 
 
+def decode_window(rle: RLE) -> tuple[np.ndarray, int, int] | None:
+    """The part of a mask that has pixels, without building the whole mask.
+
+    Returns:
+        The (h, w) bool window, and the (top, left) of its first pixel in the mask; None for an empty mask.
+
+    Raises:
+        ValueError: as `runs`.
+    """
+    height, lengths = rle["size"][0], runs(rle)
+    box = extent(lengths, height)
+    if box is None:
+        return None
+    left, top, right, bottom = box
+    ends = lengths.cumsum().clip(left * height, (right + 1) * height)
+    inside = np.diff(ends, prepend=left * height)
+    columns = np.repeat(np.arange(len(inside)) % 2 == 1, inside).reshape(-1, height)
+    return columns[:, top : bottom + 1].T, top, left
+
+
 def area(rle: RLE) -> int:
     """Number of pixels of the mask."""
     return int(coco.area(_coco(rle)))

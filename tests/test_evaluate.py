@@ -41,7 +41,7 @@ def scores(*counts: int, seed: int = 0, shift: float = 0.0) -> Evaluation:
 
 def report(*models: list[Evaluation]) -> Report:
     data = tuple(
-        DataSet(f"set{i}", Path(f"/runs/set{i}"), {}, tuple(range(len(one.images))), one.masks, "f")
+        DataSet(f"set{i}", Path(f"/runs/set{i}"), tuple(range(len(one.images))), one.masks, "f")
         for i, one in enumerate(models[0])
     )
     results = tuple(

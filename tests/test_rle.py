@@ -163,3 +163,20 @@ def test_iou_of_every_pair() -> None:
     first, second = [rle.encode(full), rle.encode(half)], [rle.encode(half)]
     assert rle.iou(first, second).round(6).tolist() == [[round(26 / 53, 6)], [1.0]]
     assert rle.iou([], second).shape == (0, 1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_decoded_window_is_what_the_mask_has(share: float, seed: int) -> None:
+    """Also where a run reaches from one column into the next."""
+    rng = np.random.default_rng(seed)
+    top, left = rng.integers(20), rng.integers(30)
+    mask = whole(rng.random((rng.integers(1, 17), rng.integers(1, 23))) < share, top, left)
+    found = rle.decode_window(rle.encode(mask))
+    if not mask.any():
+        assert found is None
+        return
+    assert found is not None
+    window, y, x = found
+    assert np.array_equal(whole(window, y, x), mask)
+    assert all(window.any(axis=axis)[[0, -1]].all() for axis in (0, 1)), "nothing around it"

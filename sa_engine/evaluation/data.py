@@ -1,24 +1,18 @@
 """The truth of an evaluation: images and masks of a run's finished shards."""
 
 import hashlib
-import tarfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from sa_engine.evaluation.interactive import EvaluationError
+from sa_engine.finished import DIGEST_COLUMNS, FinishedRun, image_digests
 from sa_engine.holdout import chooser
-from sa_engine.images import BadImage, decode_image
-from sa_engine.pictures import released_photo
-from sa_engine.plan import read_plan
-from sa_engine.reader import iter_records, open_tar, read_member, shard_records
-from sa_engine.records import ImageRecord, image_name
-from sa_engine.run_dir import read_info
-from sa_engine.shards import read_markers
-from sa_engine.storage import AnyPath, RunPaths
+from sa_engine.reader import iter_tables
+from sa_engine.records import ImageRecord
+from sa_engine.storage import AnyPath
 
 
 @dataclass(frozen=True)
@@ -28,7 +22,6 @@ class DataSet:
     Attributes:
         name: for tables.
         out: the run's folder.
-        config: the run's options.
         image_ids: of the images, ascending.
         masks: on them.
         fingerprint: sha256 over the photos' hashes and all masks of the images.
@@ -36,41 +29,15 @@ class DataSet:
 
     name: str
     out: AnyPath
-    config: dict[str, Any]
     image_ids: tuple[int, ...]
     masks: int
     fingerprint: str
 
     def __iter__(self) -> Iterator[tuple[ImageRecord, np.ndarray]]:
-        paths, wanted = RunPaths(self.out), set(self.image_ids)
-        plan = read_plan(paths.plan)
-        shards = sorted({index for one in wanted if (index := plan.shard_of(one)) is not None})
-        for index, stats in read_markers(paths, shards).items():
-            shard = plan[index]
-            records = [
-                one for one in shard_records(self.out, shard, stats) if one.image_id in wanted
-            ]
-            yield from self._with_images(shard.name, records)
-
-    def _with_images(
-        self, shard: str, records: list[ImageRecord]
-    ) -> Iterator[tuple[ImageRecord, np.ndarray]]:
-        """A shard's records with their images; a run without pictures makes them again from its photos."""
-        has_pictures = self.config["write_images"] and "tar" in self.config["formats"]
-        path = self.out / f"{shard}.tar"
-        try:
-            with open_tar(path) if has_pictures else nullcontext() as archive:
-                for record in records:
-                    if archive is None:
-                        image = released_photo(self.config, record)
-                    else:
-                        image = decode_image(read_member(archive, image_name(record.image_id)))
-                    yield record, image
-        except (OSError, KeyError, tarfile.TarError, BadImage) as error:
-            raise EvaluationError(
-                f"cannot read the images of {path}: {error}; `sa-engine verify {self.out}` says what "
-                "is damaged"
-            ) from None
+        run = FinishedRun(self.out)
+        for image_id in self.image_ids:
+            record = run.record(image_id)
+            yield record, run.picture(record)
 
 
 def open_data(
@@ -89,16 +56,17 @@ def open_data(
         RunError: no run there, a damaged one, or no split.
         EvaluationError: no masks there.
     """
-    config = read_info(RunPaths(out)).config
-    if "formats" not in config:
-        raise EvaluationError(f"{out} has no masks: it is no run of shards")
+    FinishedRun(out)  # raises for what is no run of shards
     inside = chooser(out, split)
     finished = 0
     digests: dict[int, tuple[int, str]] = {}
-    for record in iter_records(out):
-        finished += 1
-        if record.masks and inside(record.image_id):
-            digests[record.image_id] = (len(record.masks), _digest(record))
+    for _, table in iter_tables(out, DIGEST_COLUMNS):
+        ids = table.column("image_id").to_pylist()
+        finished += len(ids)
+        counts = pc.list_value_length(table.column("masks")).to_pylist()
+        for image_id, count, digest in zip(ids, counts, image_digests(table), strict=True):
+            if count and inside(image_id):
+                digests[image_id] = count, digest
     if not digests:
         where = "" if split == "all" else f" in its split {split!r}"
         raise EvaluationError(
@@ -110,11 +78,4 @@ def open_data(
         chosen = sorted(np.random.default_rng(seed).choice(chosen, limit, replace=False).tolist())
     together = hashlib.sha256("".join(digests[one][1] for one in chosen).encode())
     masks = sum(digests[one][0] for one in chosen)
-    return DataSet(name, out, config, tuple(chosen), masks, together.hexdigest())
-
-
-def _digest(record: ImageRecord) -> str:
-    """Sha256 of an image's photo and masks."""
-    parts = [f"{record.image_id} {record.width} {record.height} {record.sha256}"]
-    parts += [f"{mask.id} {mask.segmentation['counts']}" for mask in record.masks]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return DataSet(name, out, tuple(chosen), masks, together.hexdigest())

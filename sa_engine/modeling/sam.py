@@ -164,10 +164,13 @@ def detect_architecture(state: Mapping[str, Tensor], path: Path) -> str:
     )
 
 
-def model_fingerprint(sam: Sam) -> str:
-    """sha256 over names, shapes and values of the loaded tensors: equal exactly when the weights are equal."""
+def model_fingerprint(model: nn.Module) -> str:
+    """sha256 over names, shapes and values of the loaded tensors: equal exactly when the weights are equal.
+
+    Of a whole :class:`Sam`, or of a part such as its image encoder.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(sam.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy())

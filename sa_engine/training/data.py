@@ -1,0 +1,271 @@
+"""The images and masks that a model is trained on, of one or more runs (paper §A, §7.6).
+
+In memory is one row of numpy arrays per image; records and pictures are read when their turn comes. Which images a step
+gets follows from the seed and the step's number alone, so that a resumed training and any number of workers agree.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from sa_engine.evaluation.data import DataSet
+from sa_engine.evaluation.run import short_names
+from sa_engine.finished import FinishedRun
+from sa_engine.modeling.sam import IMAGE_SIZE
+from sa_engine.records import SOURCES, ImageRecord
+from sa_engine.storage import AnyPath
+from sa_engine.training.frame import Frame
+from sa_engine.training.scan import RunSummary, Scan, TrainingDataError, scan_runs
+
+__all__ = ["RunSummary", "Sample", "TrainingData", "TrainingDataError"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a step, in the model-input frame (h, w <= image_size; it lies at the top left of the padded square).
+
+    Attributes:
+        run: index of its run.
+        image_id: in its run.
+        size: (h, w) of the image's pixels in the model-input frame.
+        pixels: (h, w, 3) uint8 RGB; None where an embedding is used instead.
+        masks: (M, h, w) bool, M >= 1, each with pixels, in the order of the record.
+    """
+
+    run: int
+    image_id: int
+    size: tuple[int, int]
+    pixels: np.ndarray | None
+    masks: np.ndarray
+
+
+class TrainingData:
+    """The images of one or more runs that a model may be trained on, each known by its index.
+
+    For many threads at once, and to be pickled: another process reads the same files.
+
+    Attributes:
+        runs: what is used of each run.
+        fingerprint: sha256 over the runs' fingerprints.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[FinishedRun],
+        summaries: Sequence[RunSummary],
+        scan: Scan,
+        validation: Sequence[DataSet],
+        max_mask_coverage: float,
+        seed: int,
+    ) -> None:
+        self.runs = tuple(summaries)
+        together = "".join(one.fingerprint for one in self.runs)
+        self.fingerprint = hashlib.sha256(together.encode()).hexdigest()
+        self._finished, self._validation = tuple(runs), tuple(validation)
+        self._run, self._image_id = scan.run, scan.image_id
+        self._slot_ends = np.cumsum(scan.weight, dtype=np.int64)
+        self._max_mask_coverage, self._seed = max_mask_coverage, seed
+
+    @classmethod
+    def open(
+        cls,
+        runs: Sequence[AnyPath],
+        *,
+        max_mask_coverage: float = 0.9,
+        oversample: Mapping[str, float] | None = None,
+        validation: float = 0.0,
+        seed: int = 0,
+        progress: Callable[[int], object] | None = None,
+    ) -> "TrainingData":
+        """Read what there is, all records once.
+
+        Images that a run's `holdout.json` holds out are neither trained on nor used for validation; nor are copies of
+        them in the other runs.
+
+        Args:
+            runs: folders of runs of shards.
+            max_mask_coverage: masks that cover more of their image are dropped (paper §A: 90 %).
+            oversample: by source of masks, how often an image that has such a mask is seen in an epoch: whole numbers
+                from 1 on (paper §7.6: 10 for manual and semi-automatic). The largest counts; sources not named: 1.
+            validation: share of the images kept from training, chosen by the hashes of their photos: adding images
+                moves none of the others, and copies of a photo stay together. If it is above 0 and there are two
+                different photos, there is at least one image on either side.
+            seed: of the order, and of the choice for validation.
+            progress: called with the number of images read since the last call.
+
+        Raises:
+            RunError: no run of shards there, or a damaged one.
+            TrainingDataError: nothing to train on, a run named twice, or an option out of its range.
+        """
+        weights = _weights(oversample or {})
+        if not 0 <= validation < 1:
+            raise TrainingDataError(
+                f"validation is {validation}: expected a share from 0 to below 1"
+            )
+        if not 0 < max_mask_coverage <= 1:
+            raise TrainingDataError(
+                f"max_mask_coverage is {max_mask_coverage}: expected a share above 0, up to 1"
+            )
+        places = [str(run) for run in runs]
+        if len(set(places)) < len(places):
+            raise TrainingDataError(f"--data names a folder twice: {', '.join(places)}")
+        finished = [FinishedRun(run) for run in runs]
+        scan = scan_runs(runs, max_mask_coverage, weights, f"validation:{seed}", progress)
+        usable = ~scan.held_out & (scan.masks > 0)
+        aside = _choose_validation(scan, usable, validation)
+        names = short_names(places)
+        summaries, sets = [], []
+        for run, (name, out) in enumerate(zip(names, runs, strict=True)):
+            own = scan.run == run
+            if (own & aside).any():
+                sets.append(scan[own & aside].data_set(name, out))
+            summaries.append(scan[own].summary(name, out, usable[own], aside[own]))
+        trained = scan[usable & ~aside]
+        if not len(trained):
+            raise TrainingDataError(_nothing_left(summaries))
+        return cls(finished, summaries, trained, sets, max_mask_coverage, seed)
+
+    def __len__(self) -> int:
+        return len(self._image_id)
+
+    @property
+    def slots(self) -> int:
+        """Images seen in an epoch: each as often as it is oversampled."""
+        return int(self._slot_ends[-1])
+
+    def batch(
+        self, iteration: int, size: int, rank: int = 0, world: int = 1
+    ) -> list[tuple[int, int]]:
+        """A worker's share of the global batch of an iteration.
+
+        An epoch is a random order of the slots, of which an image has as many as it is oversampled; iteration i takes
+        the slots from i * size to (i + 1) * size, on through the epochs.
+
+        Returns:
+            (position in the global batch, index of the image), for the positions rank, rank + world, and so on.
+        """
+        share = []
+        for position in range(rank, size, world):
+            epoch, slot = divmod(iteration * size + position, self.slots)
+            found = _permutation(self._seed, epoch, self.slots)[slot]
+            share.append((position, int(np.searchsorted(self._slot_ends, found, side="right"))))
+        return share
+
+    def load(
+        self,
+        index: int,
+        rng: np.random.Generator,
+        *,
+        image_size: int = IMAGE_SIZE,
+        max_masks: int = 64,
+        jitter: tuple[float, float] | None = None,
+        pixels: bool = True,
+    ) -> Sample | None:
+        """Read an image and its masks.
+
+        Args:
+            index: below `len`.
+            rng: of the jitter and of the sample of masks; the same state gives the same `Sample`.
+            image_size: side of the model input.
+            max_masks: masks at most, a random sample of them.
+            jitter: range of scales of `Frame.jittered`; None: the whole image. Masks that are lost, or cover more of
+                what is seen than `max_mask_coverage`, are dropped.
+            pixels: whether to read the picture; it needs no `jitter` otherwise.
+
+        Returns:
+            None if no mask is left.
+
+        Raises:
+            RunError: the image cannot be read; it names the run, the shard and the image.
+        """
+        if jitter is not None and not pixels:
+            raise ValueError("an embedding is of the whole image: it cannot be jittered")
+        run, record = self._record(index)
+        if jitter is None:
+            frame = Frame.fit(record.height, record.width, image_size)
+        else:
+            frame = Frame.jittered(record.height, record.width, image_size, jitter, rng)
+        masks = self._masks(record, frame, max_masks, rng)
+        if not masks:
+            return None
+        image = frame.pixels(self._finished[run].picture(record)) if pixels else None
+        return Sample(run, record.image_id, frame.size, image, np.stack(masks))
+
+    def pixels(self, index: int, image_size: int = IMAGE_SIZE) -> np.ndarray:
+        """The whole image in the model-input frame, (h, w, 3) uint8 RGB. Raises RunError as `load`."""
+        run, record = self._record(index)
+        image = self._finished[run].picture(record)
+        return Frame.fit(record.height, record.width, image_size).pixels(image)
+
+    def content_key(self, index: int) -> str:
+        """Sha256 (hex) of the image's content, see `FinishedRun.content_key`: equal keys, equal pixels."""
+        run, record = self._record(index)
+        return self._finished[run].content_key(record)
+
+    def validation_sets(self) -> list[DataSet]:
+        """What is kept aside of each run, as `evaluate_model` wants it; runs of which nothing is are not there."""
+        return list(self._validation)
+
+    def _record(self, index: int) -> tuple[int, ImageRecord]:
+        run = int(self._run[index])
+        return run, self._finished[run].record(int(self._image_id[index]))
+
+    def _masks(
+        self, record: ImageRecord, frame: Frame, count: int, rng: np.random.Generator
+    ) -> list[np.ndarray]:
+        """A random sample of an image's masks as the frame shows them, in the order of the record."""
+        most = self._max_mask_coverage * (record.height * record.width)
+        usable = [mask for mask in record.masks if 0 < mask.area <= most]
+        most_seen = self._max_mask_coverage * (frame.size[0] * frame.size[1])
+        found: dict[int, np.ndarray] = {}
+        for number in rng.permutation(len(usable)).tolist():
+            mask = frame.mask(usable[number].segmentation)
+            if mask is not None and (frame.whole or mask.sum() <= most_seen):
+                found[number] = mask
+            if len(found) == count:
+                break
+        return [found[number] for number in sorted(found)]
+
+
+@lru_cache(2)  # a batch may reach into the next epoch
+def _permutation(seed: int, epoch: int, slots: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(slots)
+
+
+def _weights(oversample: Mapping[str, float]) -> np.ndarray:
+    """The weight of each of `SOURCES`, and of no source: (S + 1,) int64. Raises TrainingDataError."""
+    for source, weight in oversample.items():
+        if source not in SOURCES:
+            raise TrainingDataError(
+                f"oversample names the source {source!r}: expected one of {', '.join(SOURCES)}"
+            )
+        if weight < 1 or weight != int(weight):
+            raise TrainingDataError(
+                f"oversample of {source} is {weight}: expected a whole number from 1 on"
+            )
+    return np.array([*(oversample.get(source, 1) for source in SOURCES), 1], np.int64)
+
+
+def _choose_validation(scan: Scan, usable: np.ndarray, share: float) -> np.ndarray:
+    """Which images are kept for validation: (N,) bool, a part of `usable`."""
+    hashes = scan.photo[usable]
+    if share == 0 or not len(hashes):
+        return np.zeros_like(usable)
+    least, most = hashes.min(), hashes.max()
+    chosen = scan.photo < np.uint64(int(share * 2**64))
+    if least < most:
+        chosen |= scan.photo == least
+        chosen &= scan.photo != most
+    return usable & chosen
+
+
+def _nothing_left(summaries: Sequence[RunSummary]) -> str:
+    told = [
+        f"{one.out}: {one.held_out} held out, {one.validation_images} for validation, "
+        f"{one.without_masks} without masks, {one.without_usable_masks} with none that can be used"
+        for one in summaries
+    ]
+    return f"there is no image to train on; {'; '.join(told)}; `sa-engine status` says how far a run is"
