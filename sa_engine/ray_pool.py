@@ -16,12 +16,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from sa_engine.config import RunConfig
 from sa_engine.errors import SaEngineError
 from sa_engine.pipeline import WorkerSpec, check_driver
 from sa_engine.plan import Plan, read_plan
 from sa_engine.progress import stop_on_signals
-from sa_engine.resources import Node, Resources, settle_resources
+from sa_engine.resources import ClusterOptions, Node, Resources, settle_resources
 from sa_engine.shards import ShardStats
 from sa_engine.storage import OutputError, RunError
 from sa_engine.worker import ShardWorker
@@ -31,7 +30,7 @@ _REACH_S = 10.0
 
 
 @contextmanager
-def cluster(config: RunConfig) -> Iterator[None]:
+def cluster(config: ClusterOptions) -> Iterator[None]:
     """Join the cluster at `config.ray_address` or in RAY_ADDRESS, else start Ray on this machine.
 
     A Ray that this process has already stays as it is. Raises RunError if there is none to join.
@@ -68,12 +67,12 @@ def cluster(config: RunConfig) -> Iterator[None]:
             ray.shutdown()
 
 
-def cluster_address(config: RunConfig) -> str | None:
+def cluster_address(config: ClusterOptions) -> str | None:
     """The cluster that a run joins, as told or as a Ray job finds it; None: it starts its own."""
     return config.ray_address or os.environ.get("RAY_ADDRESS")
 
 
-def wait_for_resources(config: RunConfig, threads: int | None, memory: int) -> Resources:
+def wait_for_resources(config: ClusterOptions, threads: int | None, memory: int) -> Resources:
     """Settle what each worker gets, for `config.wait_for_resources` seconds until it is there.
 
     A cluster that grows by itself is told what is wanted. Raises RunError, with the numbers, if the
@@ -202,7 +201,7 @@ def _nodes() -> list[Node]:
     ]
 
 
-def _bundles(config: RunConfig, threads: int | None, memory: int) -> list[dict[str, float]]:
+def _bundles(config: ClusterOptions, threads: int | None, memory: int) -> list[dict[str, float]]:
     cpus = config.cpus_per_worker if config.cpus_per_worker is not None else float(threads or 1)
     bundle = {"CPU": cpus, "GPU": config.gpus_per_worker or 0.0, "memory": float(memory)}
     wanted = {name: amount for name, amount in bundle.items() if amount}

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import psutil
 
@@ -20,6 +20,27 @@ _CORES_PER_WORKER = 4
 _LEAST_SHARE_WRITTEN = 0.15
 _LEAST_WRITTEN_CAP = 300_000
 _CGROUP_MEMORY = "/sys/fs/cgroup/memory.max"
+
+
+class ClusterOptions(Protocol):
+    """The options of :class:`RunConfig` that decide about Ray and the workers on it."""
+
+    @property
+    def ray_address(self) -> str | None: ...
+    @property
+    def num_workers(self) -> int | None: ...
+    @property
+    def threads_per_worker(self) -> int | None: ...
+    @property
+    def gpus_per_worker(self) -> float | None: ...
+    @property
+    def cpus_per_worker(self) -> float | None: ...
+    @property
+    def memory_per_worker(self) -> float | None: ...
+    @property
+    def wait_for_resources(self) -> float: ...
+    @property
+    def verbose(self) -> bool: ...
 
 
 class Node(NamedTuple):
@@ -56,7 +77,7 @@ class Resources:
 
 
 def settle_resources(
-    nodes: Sequence[Node], config: RunConfig, threads: int | None, memory: int = 0
+    nodes: Sequence[Node], config: ClusterOptions, threads: int | None, memory: int = 0
 ) -> Resources:
     """Settle number and size of the workers on Ray.
 
@@ -123,7 +144,7 @@ def local_resources(config: RunConfig, threads: int | None, memory: int = 0) -> 
     return Resources(1, threads or cores(), 0, None, memory)
 
 
-def worker_memory(config: RunConfig, estimate: int) -> int:
+def worker_memory(config: ClusterOptions, estimate: int) -> int:
     """Bytes that a worker needs: as told, or else the stage's estimate."""
     return estimate if config.memory_per_worker is None else int(config.memory_per_worker * 1e9)
 
