@@ -52,7 +52,7 @@ def main() -> None:
 
 @main.command()
 @run_flags(AutoConfig)
-@flag(AutoConfig, "checkpoint", metavar="NAME|FILE")
+@flag(AutoConfig, "checkpoint", metavar="NAME|FILE|ROUND")
 @flag(AutoConfig, "device", metavar="DEVICE")
 @flag(AutoConfig, "precision", type=click.Choice(["fp32", "bf16"]))
 @flag(AutoConfig, "blur")
@@ -167,11 +167,14 @@ def blur_eval(
 
 
 def _tell_notes(config: Config) -> None:
+    from sa_engine import rounds
     from sa_engine.privacy.notes import notes
 
+    told = rounds.notes(config.checkpoint) if isinstance(config, AutoConfig) else []
     if isinstance(config, PrivacyConfig) and getattr(config, "blur", True):
-        for note in notes(config):
-            click.echo(f"Note: {note}", err=True)
+        told += notes(config)
+    for note in told:
+        click.echo(f"Note: {note}", err=True)
 
 
 def _run_stage(
@@ -204,7 +207,7 @@ def _run_stage(
     multiple=True,
     default=["vit_t"],
     show_default=True,
-    metavar="NAME|FILE",
+    metavar="NAME|FILE|ROUND",
     help="Model; repeatable: the others are compared with the first.",
 )
 @click.option("--out", metavar="DIR|URI", help="For evaluate.json and evaluate.png.")
@@ -558,3 +561,20 @@ def path(name: str) -> None:
             f"{name} is not in {store.cache_dir()}: fetch it with `sa-engine weights pull {name}`"
         )
     click.echo(found)
+
+
+@main.command("rounds")
+@click.argument("folder", metavar="DIR", type=Path)
+@click.option("--json", "as_json", is_flag=True, help="All that is known of every round.")
+def list_rounds(folder: Path, as_json: bool) -> None:
+    """Say which model came from which, and whether it got better.
+
+    DIR holds rounds, as retrain writes them. "1 point" is the mean IoU after one click before
+    training, "after" the same after it.
+    """
+    from sa_engine.lineage import lineage
+
+    found = lineage(folder)
+    click.echo(json.dumps(found.to_dict()) if as_json else found)
+    for note in found.notes:
+        click.echo(f"Note: {note}", err=True)
