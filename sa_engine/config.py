@@ -354,7 +354,7 @@ class IngestConfig(ShardConfig):
 class AutoConfig(PrivacyConfig, MaskConfig, ShardConfig):
     """The fully automatic stage: photos in, masks out."""
 
-    checkpoint: str = option("vit_t", help="Model name or checkpoint file.")
+    checkpoint: str = option("vit_t", help="Model name, checkpoint file or round.")
     blur: bool = option(
         False, identity=True, help="Redact faces and plates before anything else, as blur does."
     )

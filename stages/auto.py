@@ -242,6 +242,7 @@ def _load_redactor(config: AutoConfig) -> "Redactor":
 
 
 def _absolute(checkpoint: str) -> str:
-    """A checkpoint file by its absolute path, since workers run elsewhere; a model name as it is."""
-    path = Path(checkpoint)
-    return str(path.absolute()) if path.is_file() else checkpoint
+    """A checkpoint file or round by its absolute path, since workers run elsewhere; a model name as it is."""
+    from sa_engine.modeling.weights import local_file
+
+    return str(Path(checkpoint).expanduser().absolute()) if local_file(checkpoint) else checkpoint

@@ -48,6 +48,7 @@ for command in (
     runs.split,
     runs.export,
     models.evaluate,
+    models.list_rounds,
     models.weights,
 ):
     main.add_command(command)

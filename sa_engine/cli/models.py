@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,7 +26,7 @@ from sa_engine.privacy.weights import PLATE_WEIGHTS
     multiple=True,
     default=["vit_t"],
     show_default=True,
-    metavar="NAME|FILE",
+    metavar="NAME|FILE|ROUND",
     help="Model; repeatable: the others are compared with the first.",
 )
 @click.option("--out", metavar="DIR|URI", help="For evaluate.json and evaluate.png.")
@@ -91,6 +92,23 @@ def evaluate(
     click.echo(json.dumps(report.to_dict()) if as_json else report)
     if out is not None:
         run.write(report, location(out))
+
+
+@click.command("rounds")
+@click.argument("folder", metavar="DIR", type=Path)
+@click.option("--json", "as_json", is_flag=True, help="All that is known of every round.")
+def list_rounds(folder: Path, as_json: bool) -> None:
+    """Say which model came from which, and whether it got better.
+
+    DIR holds rounds, as retrain writes them. "1 point" is the mean IoU after one click before
+    training, "after" the same after it.
+    """
+    from sa_engine.lineage import lineage
+
+    found = lineage(folder)
+    click.echo(json.dumps(found.to_dict()) if as_json else found)
+    for note in found.notes:
+        click.echo(f"Note: {note}", err=True)
 
 
 @click.group()

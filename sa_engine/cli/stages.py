@@ -34,7 +34,7 @@ from sa_engine.training.config import RetrainConfig
 
 @click.command()
 @run_flags(AutoConfig)
-@flag(AutoConfig, "checkpoint", metavar="NAME|FILE")
+@flag(AutoConfig, "checkpoint", metavar="NAME|FILE|ROUND")
 @flag(AutoConfig, "device", metavar="DEVICE")
 @flag(AutoConfig, "precision", type=click.Choice(["fp32", "bf16"]))
 @flag(AutoConfig, "blur")
@@ -146,11 +146,14 @@ def blur_eval(
 
 
 def _tell_notes(config: Config) -> None:
+    from sa_engine import rounds
     from sa_engine.privacy.notes import notes
 
+    told = rounds.notes(config.checkpoint) if isinstance(config, AutoConfig) else []
     if isinstance(config, PrivacyConfig) and getattr(config, "blur", True):
-        for note in notes(config):
-            click.echo(f"Note: {note}", err=True)
+        told += notes(config)
+    for note in told:
+        click.echo(f"Note: {note}", err=True)
 
 
 def _run_stage(

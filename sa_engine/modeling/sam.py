@@ -127,25 +127,35 @@ def load_sam(path: Path, device: str | torch.device = "cpu", **options: float) -
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint file by name. Raises :class:`CheckpointError`."""
+    state = read_checkpoint(path)
+    if not is_state_dict(state):
+        raise CheckpointError(
+            f"checkpoint {path} holds {type(state).__name__}, expected a flat state dict of tensors; "
+            "save model.state_dict() alone."
+        )
+    return dict(state)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What a checkpoint file holds, whatever it is. Raises :class:`CheckpointError` if it cannot be read."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         mapped = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch and safetensors raise a dozen unrelated types here
         raise CheckpointError(
             f"cannot read checkpoint {path}: it is damaged or of another kind "
             f"({type(error).__name__}); expected a PyTorch state dict (.pth, .pt) or a .safetensors "
             "file; see 'sa-engine weights list'"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(
-            f"checkpoint {path} holds {type(state).__name__}, expected a flat state dict of tensors; "
-            "save model.state_dict() alone."
-        )
-    return dict(state)
+
+
+def is_state_dict(state: object) -> bool:
+    """Whether it is a flat mapping of tensors."""
+    return isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())
 
 
 def detect_architecture(state: Mapping[str, Tensor], path: Path) -> str:

