@@ -47,6 +47,7 @@ for command in (
     runs.split,
     runs.export,
     models.evaluate,
+    models.recall,
     models.weights,
 ):
     main.add_command(command)

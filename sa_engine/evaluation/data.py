@@ -89,9 +89,7 @@ def open_data(
         RunError: no run there, a damaged one, or no split.
         EvaluationError: no masks there.
     """
-    config = read_info(RunPaths(out)).config
-    if "formats" not in config:
-        raise EvaluationError(f"{out} has no masks: it is no run of shards")
+    config = shards_config(out)
     inside = chooser(out, split)
     finished = 0
     digests: dict[int, tuple[int, str]] = {}
@@ -111,6 +109,14 @@ def open_data(
     together = hashlib.sha256("".join(digests[one][1] for one in chosen).encode())
     masks = sum(digests[one][0] for one in chosen)
     return DataSet(name, out, config, tuple(chosen), masks, together.hexdigest())
+
+
+def shards_config(out: AnyPath) -> dict[str, Any]:
+    """The options of a run of shards. Raises RunError if there is no run, EvaluationError if it has no shards."""
+    config = read_info(RunPaths(out)).config
+    if "formats" not in config:
+        raise EvaluationError(f"{out} has no masks: it is no run of shards")
+    return config
 
 
 def _digest(record: ImageRecord) -> str:
