@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -16,7 +16,7 @@ import numpy as np
 
 from sa_engine import pictures, rle
 from sa_engine.errors import SaEngineError
-from sa_engine.pairing import Pair, pair_masks
+from sa_engine.pairing import ImageIndex, Pair, pair_masks
 from sa_engine.reader import iter_records
 from sa_engine.records import ImageRecord, MaskRecord
 from sa_engine.run_dir import read_info
@@ -128,45 +128,30 @@ class Agreement:
 def compare(before: AnyPath, after: AnyPath) -> Agreement:
     """Pair the masks of two runs, image by image.
 
-    Images are the same if their photos have the same name, with or without its suffix, or if the second run's photo is
-    called as the first run's released picture: so it is when what `export --with-images` wrote was corrected.
+    Which images are the same, `ImageIndex` says.
 
     Args:
         before: the run whose masks were corrected.
         after: the run that the corrected masks were ingested into.
 
     Raises:
-        AuditError: no image in both, two images of one name, or an image of two sizes.
+        PairingError: two images of one name, or an image of two sizes.
+        AuditError: no image in both.
         RunError: no run there.
     """
-    rest: dict[str, ImageRecord] = {}
-    for record in iter_records(after):
-        name = _stem(record.source_path or record.file_name)
-        if name in rest:
-            raise AuditError(f"{after} has {name} twice: audit a run in which names differ")
-        rest[name] = record
+    index = ImageIndex(after, iter_records(after))
+    advice = "correct the pictures that `sa-engine export --with-images` writes"
     found = []
     for record in iter_records(before):
-        names = [_stem(record.source_path or ""), _stem(record.file_name)]
-        other = next((rest.pop(name) for name in names if name in rest), None)
-        if other is None:
-            continue
-        if (other.width, other.height) != (record.width, record.height):
-            raise AuditError(
-                f"{names[0]} has {record.width} x {record.height} pixels in {before}, and {other.width} x "
-                f"{other.height} in {after}: correct the pictures that `sa-engine export --with-images` writes"
-            )
-        found.append(ImagePairs(record, other, pair_masks(record.masks, other.masks)))
+        other = index.take(record, before, advice)
+        if other is not None:
+            found.append(ImagePairs(record, other, pair_masks(record.masks, other.masks)))
     if not found:
         raise AuditError(
             f"no image of {after} is one of {before}: expected photos of the same names, or the names of its "
-            f"released pictures; there is {next(iter(rest), 'none')}"
+            f"released pictures; there is {next(iter(index.rest), 'none')}"
         )
-    return Agreement(images=len(found), only_after=sorted(rest), of_images=found)
-
-
-def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix("")) if name else ""
+    return Agreement(images=len(found), only_after=sorted(index.rest), of_images=found)
 
 
 def write_audit(

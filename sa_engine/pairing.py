@@ -1,15 +1,77 @@
-"""Two versions of an image's masks: which mask became which."""
+"""Two versions of the same masks: which image is which, and which mask became which."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from sa_engine import rle
-from sa_engine.records import MaskRecord
+from sa_engine.errors import SaEngineError
+from sa_engine.records import ImageRecord, MaskRecord
+from sa_engine.storage import AnyPath
 
 LEAST_IOU = 0.5  # of a pair that is found without an id
+
+
+class PairingError(SaEngineError):
+    """Two runs whose images cannot be paired."""
+
+
+class ImageIndex:
+    """The images of a run, to be found by those of another run; each is found once.
+
+    Images are the same if their photos have the same bytes, else if their photos have the same name, with or without
+    its suffix, or if one's photo is called as the other's released picture: so it is when what
+    `export --with-images` wrote was corrected.
+
+    Args:
+        out: the run's folder, for messages.
+        records: of its images.
+
+    Raises:
+        PairingError: two images of one name.
+    """
+
+    def __init__(self, out: AnyPath, records: Iterable[ImageRecord]) -> None:
+        self.out = out
+        self.rest: dict[str, ImageRecord] = {}
+        self._copies: defaultdict[str, list[str]] = defaultdict(list)
+        for record in records:
+            name = _stem(record.source_path or record.file_name)
+            if name in self.rest:
+                raise PairingError(f"{out} has {name} twice: take a run in which names differ")
+            self.rest[name] = record
+            self._copies[record.sha256 or ""].append(name)
+
+    def take(self, record: ImageRecord, out: AnyPath, advice: str) -> ImageRecord | None:
+        """The image that `record` is of, no longer in `rest`; None if there is none.
+
+        Args:
+            record: an image of another run.
+            out: that run's folder, for messages.
+            advice: what to do if the images differ in size.
+
+        Raises:
+            PairingError: an image of two sizes.
+        """
+        names = [_stem(record.source_path or ""), _stem(record.file_name)]
+        copies = self._copies[record.sha256] if record.sha256 else []
+        # Of copies of a photo, first the one of the same name.
+        names = [*sorted(copies, key=lambda name: name != names[0]), *names]
+        other = next((self.rest.pop(name) for name in names if name in self.rest), None)
+        if other and (other.width, other.height) != (record.width, record.height):
+            raise PairingError(
+                f"{record.source_path} has {record.width} x {record.height} pixels in {out}, and {other.width} x "
+                f"{other.height} in {self.out}: {advice}"
+            )
+        return other
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix("")) if name else ""
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,14 @@ def iou(first: list[RLE], second: list[RLE]) -> np.ndarray:
     return coco.iou([_coco(r) for r in first], [_coco(r) for r in second], [0] * len(second))
 
 
+def boxes(rles: list[RLE]) -> np.ndarray:
+    """Boxes around masks: (N, 4) float64 XYXY, the right and lower edges outside; zeros for an empty mask."""
+    if not rles:
+        return np.zeros((0, 4))
+    found = coco.toBbox([_coco(one) for one in rles])
+    return np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])
+
+
 def runs(rle: RLE) -> np.ndarray:
     """Lengths of an RLE's runs, decompressed with every character checked.
 

@@ -5,12 +5,22 @@ paper; focal and dice loss of the best of three masks, and the error of the pred
 ``sa_engine/training/`` does that; this stage plans a round, runs the workers, and writes what they made.
 """
 
-import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from sa_engine.config import ConfigError, identity_values, to_dict
+from sa_engine.evaluation.data import DataSet, open_data
+from sa_engine.evaluation.run import short_names
+from sa_engine.holdout import read_holdout
+from sa_engine.lock import RunLock
+from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_device
+from sa_engine.modeling.weights import resolve
+from sa_engine.progress import Interrupted, this_command
+from sa_engine.resources import cores
 from sa_engine.rounds import (
     INFO,
     MIOU,
@@ -22,18 +32,6 @@ from sa_engine.rounds import (
     write_model,
 )
 from sa_engine.rounds import TrainingData as TrainedOn
-from sa_engine.training.data import TrainingData
-from sa_engine.training.parallel import run_workers
-
-from sa_engine.config import ConfigError, identity_values, to_dict
-from sa_engine.evaluation.data import DataSet, open_data
-from sa_engine.evaluation.run import short_names
-from sa_engine.holdout import read_holdout
-from sa_engine.lock import RunLock
-from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_device
-from sa_engine.modeling.weights import resolve
-from sa_engine.progress import Interrupted, this_command
-from sa_engine.resources import cores
 from sa_engine.run_dir import RunInfo, check_same, read_info
 from sa_engine.storage import (
     RunError,
@@ -46,6 +44,8 @@ from sa_engine.storage import (
 )
 from sa_engine.training import gate
 from sa_engine.training.config import RetrainConfig
+from sa_engine.training.data import TrainingData
+from sa_engine.training.parallel import run_workers
 from sa_engine.training.plots import plot_curves
 from sa_engine.training.state import TrainingState, load_state, state_path
 from sa_engine.training.validation import BOX, MEAN
@@ -125,14 +125,24 @@ class RoundReport:
         return "\n".join(lines)
 
 
+def round_paths(config: RetrainConfig) -> RunPaths:
+    """Where a round's files are. Raises ConfigError for what is no folder on a file system."""
+    out = location(config.out)
+    if not isinstance(out, Path):
+        raise ConfigError(
+            f"out = {config.out}: expected a folder on a file system that all workers share"
+        )
+    return RunPaths(out)
+
+
 def finished(config: RetrainConfig) -> RoundReport | None:
     """The round that a config describes, if it is there already. Raises RunError if another is."""
-    paths = RunPaths(location(config.out))
+    paths = round_paths(config)
     if not (paths.out / INFO).exists():
         return None
     before = read_info(paths).identity
-    check_same(paths, before, {key: value for key, value in identity_values(config).items()})
-    return RoundReport(paths, read_round(paths.out))
+    check_same(paths, before, identity_values(config))
+    return RoundReport(paths, read_round(Path(config.out)))
 
 
 def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
@@ -142,7 +152,7 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
         SaEngineError: no such data, model, device or folder, or another round in it.
     """
     select_device(config.device)
-    paths = RunPaths(location(config.out))
+    paths = round_paths(config)
     strangers = sorted(name for name in list_names(paths.out) if name not in _OURS)
     if strangers:
         raise RunError(
@@ -264,7 +274,7 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
         gate=_judge(planned, sam) if planned.gate else None,
     )
     atomic_write(paths.out / CURVES, plot_curves(read_metrics(paths)))
-    write_model(paths.out, sam, info)
+    write_model(Path(config.out), sam, info)
     return info
 
 
@@ -347,4 +357,4 @@ def _clear(paths: RunPaths) -> None:
     for name in ("run.json", "state.pt"):
         (paths.run / name).unlink(missing_ok=True)
     for folder in (paths.run / "embeddings", paths.run / "tensorboard"):
-        shutil.rmtree(folder, ignore_errors=True)
+        sweep(folder)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from lost_masks import masks
+from PIL import Image
 from test_format_coco import uncompressed
 from test_ingest import annotations, images, ingest  # noqa: F401
 
@@ -137,7 +138,8 @@ def test_what_cannot_be_compared_is_told(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and result.stderr.startswith("Error: ")
     other = tmp_path / "others"
     (other / "photos").mkdir(parents=True)
-    (tmp_path / "photos" / "bild ä.png").rename(other / "photos" / "c.png")
+    photo = Image.open(tmp_path / "photos" / "bild ä.png")
+    photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other / "photos" / "c.png")
     names = [{"id": 0, "file_name": "c.png", "width": 17, "height": 12}]
     assert ingest(other / "photos", annotations(images=names)).exit_code == 0
     result = audit(run, other / "out")

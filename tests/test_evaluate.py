@@ -15,8 +15,14 @@ from sa_engine import rle
 from sa_engine.cli import main
 from sa_engine.evaluation.data import DataSet, open_data
 from sa_engine.evaluation.interactive import Evaluation, EvaluationError, ImageScores, Protocol
-from sa_engine.evaluation.results import RESAMPLES, ModelResult, Report, by_size, estimate
-from sa_engine.evaluation.run import short_names
+from sa_engine.evaluation.results import (
+    RESAMPLES,
+    ModelResult,
+    Report,
+    by_size,
+    estimate,
+    short_names,
+)
 from sa_engine.holdout import split
 from sa_engine.modeling.sam import load_sam
 from sa_engine.modeling.weights import resolve

@@ -27,9 +27,7 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def rectangle(
-    x0: int, y0: int, x1: int, y1: int, size: tuple[int, int] = SIZE
-) -> np.ndarray:
+def rectangle(x0: int, y0: int, x1: int, y1: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     """A mask whose inclusive corners are given."""
     mask = np.zeros(size, dtype=bool)
     mask[y0 : y1 + 1, x0 : x1 + 1] = True

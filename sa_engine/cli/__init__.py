@@ -49,6 +49,7 @@ for command in (
     runs.export,
     models.evaluate,
     models.list_rounds,
+    models.recall,
     models.weights,
 ):
     main.add_command(command)

@@ -111,6 +111,54 @@ def list_rounds(folder: Path, as_json: bool) -> None:
         click.echo(f"Note: {note}", err=True)
 
 
+@click.command()
+@click.argument("truth", metavar="TRUTH")
+@click.argument("runs", metavar="OUT...", nargs=-1, required=True)
+@click.option("--out", metavar="DIR|URI", help="For recall.json and recall.png.")
+@click.option(
+    "--proposals",
+    "limits",
+    default="10,100,1000",
+    show_default=True,
+    metavar="N,N,...",
+    callback=numbers,
+    help="Numbers of proposals per image at which recall is reported.",
+)
+@click.option("--boxes", is_flag=True, help="IoU of boxes around the masks, not of the masks.")
+@split_flag
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals."
+)
+@click.option("--json", "as_json", is_flag=True, help="All numbers, with the sums of every image.")
+def recall(
+    truth: str,
+    runs: tuple[str, ...],
+    out: str | None,
+    boxes: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure how many true masks automatic masks find.
+
+    This is the paper's AR@1000: of the masks of TRUTH, the share that the best masks of OUT find, ranked by
+    the mean of predicted IoU and stability score, averaged over IoUs of 0.5 to 0.95. Both are folders of runs
+    over the same photos; if there are several OUT, the others are compared with the first.
+    """
+    from sa_engine.evaluation.recall import measure, write
+    from sa_engine.evaluation.run import prepare_output
+    from sa_engine.storage import location
+
+    if out is not None:
+        prepare_output(location(out))
+    kind = "boxes" if boxes else "masks"
+    report = measure(truth, runs, kind=kind, progress=sys.stderr.isatty(), **settings)
+    click.echo(json.dumps(report.to_dict()) if as_json else report)
+    for note in report.notes():
+        click.echo(f"Note: {note}", err=True)
+    if out is not None:
+        write(report, location(out))
+
+
 @click.group()
 def weights() -> None:
     """List and fetch model weights."""

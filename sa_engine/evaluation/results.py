@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from sa_engine.evaluation.interactive import Evaluation, ImageScores, Protocol
 SCHEMA_VERSION = 1
 RESAMPLES = 1000
 _PERCENTILES = (2.5, 97.5)
+BOOTSTRAP = {"resamples": RESAMPLES, "percentiles": _PERCENTILES, "over": "images"}
 # COCO's bounds, here of pixels of the released image.
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, None)}
 _NAME, _CELL = 16, 9
@@ -35,6 +37,23 @@ class Estimate:
     def interval(self) -> np.ndarray:
         """(2, K): lower and upper ends of the 95 % intervals."""
         return np.percentile(self.resampled, _PERCENTILES, axis=0)
+
+    def named(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Value, low and high of each number, for JSON."""
+        return {
+            name: {"value": value, "low": low, "high": high}
+            for name, value, low, high in zip(
+                names, self.values.tolist(), *self.interval.tolist(), strict=True
+            )
+        }
+
+    def cells(self, form: str, digits: int) -> tuple[list[str], list[str]]:
+        """For tables: the values, and half the widths of their intervals."""
+        low, high = self.interval
+        return (
+            [f"{value:{form}}" for value in self.values],
+            [f"±{width:.{digits}f}" for width in (high - low) / 2],
+        )
 
     def __sub__(self, other: Estimate) -> Estimate:
         return Estimate(self.values - other.values, self.resampled - other.resampled)
@@ -55,13 +74,24 @@ def estimate(evaluation: Evaluation, seed: Sequence[int] = (0,)) -> Estimate:
         evaluation: the scores of I images.
         seed: of the draws; equal seeds and numbers of images draw the same.
     """
-    images = evaluation.images
-    counts = np.array([len(image.areas) for image in images])
-    sums = np.array([_sums(image, evaluation.protocol) for image in images])
+    counts = np.array([len(image.areas) for image in evaluation.images])
+    sums = np.array([_sums(image, evaluation.protocol) for image in evaluation.images])
+    return bootstrap(sums, counts, seed)
+
+
+def bootstrap(sums: np.ndarray, counts: np.ndarray, seed: Sequence[int]) -> Estimate:
+    """Means over masks, with their bootstrap over images.
+
+    Args:
+        sums: (I, K) over the masks of each image.
+        counts: (I,) numbers of these masks, none of them 0.
+        seed: of the draws; equal seeds and numbers of images draw the same.
+    """
+    images = len(counts)
     rng = np.random.default_rng(seed)
     resampled = []
     for _ in range(RESAMPLES):
-        drawn = np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images))
+        drawn = np.bincount(rng.integers(images, size=images), minlength=images)
         resampled.append(drawn @ sums / (drawn @ counts))
     return Estimate(sums.sum(axis=0) / counts.sum(), np.array(resampled))
 
@@ -76,12 +106,18 @@ def by_size(evaluation: Evaluation) -> dict[str, tuple[int, np.ndarray | None]]:
         ],
         axis=1,
     )
-    found: dict[str, tuple[int, np.ndarray | None]] = {}
-    for name, (low, high) in SIZES.items():
-        inside = (areas >= low) & (areas < (np.inf if high is None else high))
-        count = int(inside.sum())
-        found[name] = count, iou[inside].mean(axis=0) if count else None
-    return found
+    return {
+        name: (int(inside.sum()), iou[inside].mean(axis=0) if inside.any() else None)
+        for name, inside in of_sizes(areas).items()
+    }
+
+
+def of_sizes(areas: np.ndarray) -> dict[str, np.ndarray]:
+    """Which of N masks, by their areas in pixels, are of each of `SIZES`: (N,) bool."""
+    return {
+        name: (areas >= low) & (areas < (np.inf if high is None else high))
+        for name, (low, high) in SIZES.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -131,9 +167,9 @@ class Report:
             "schema_version": SCHEMA_VERSION,
             "protocol": {**asdict(self.protocol), "metrics": self.protocol.metrics},
             "settings": self.settings,
-            "bootstrap": {"resamples": RESAMPLES, "percentiles": _PERCENTILES, "over": "images"},
+            "bootstrap": BOOTSTRAP,
             "sizes": SIZES,
-            "data": [_data_dict(data) for data in self.data],
+            "data": [data_dict(data) for data in self.data],
             "models": [
                 self._model_dict(model, own, None if model is self.models[0] else estimates[0])
                 for model, own in zip(self.models, estimates, strict=True)
@@ -167,15 +203,7 @@ class Report:
 
     def _by_row(self, estimates: list[Estimate]) -> dict[str, Any]:
         return {
-            row: {
-                metric: {"value": value, "low": low, "high": high}
-                for metric, value, low, high in zip(
-                    self.protocol.metrics,
-                    one.values.tolist(),
-                    *one.interval.tolist(),
-                    strict=True,
-                )
-            }
+            row: one.named(self.protocol.metrics)
             for row, one in zip(self.rows, estimates, strict=True)
         }
 
@@ -208,23 +236,32 @@ class Report:
                 continue  # the mean of one data set
             evaluation = model.evaluations[index] if model and index < len(self.data) else None
             numbers = (len(evaluation.images), evaluation.masks) if evaluation else ("", "")
-            low, high = one.interval
-            rows.append((name, *numbers, [f"{value:{form}}" for value in one.values]))
-            rows.append(("", "", "", [f"±{width:.{digits}f}" for width in (high - low) / 2]))
+            values, widths = one.cells(form, digits)
+            rows += [(name, *numbers, values), ("", "", "", widths)]
             for size, (count, mean) in (by_size(evaluation) if evaluation else {}).items():
                 if mean is not None:
                     rows.append((f"  {size}", "", count, [f"{value:.3f}" for value in mean]))
-        width = max(_NAME, *(len(row[0]) for row in rows))
-        return "\n".join([title, *(_line(width, *row) for row in rows)])
+        return table(title, rows)
 
 
 def _differences(own: list[Estimate], first: list[Estimate]) -> list[Estimate]:
     return [one - other for one, other in zip(own, first, strict=True)]
 
 
-def _line(width: int, name: str, images: int | str, masks: int | str, cells: list[str]) -> str:
-    numbers = "".join(f"{cell:>{_CELL}}" for cell in cells)
-    return f"{name:{width}}{images:>7}{masks:>8}  {numbers}".rstrip()
+def short_names(texts: Sequence[str]) -> list[str]:
+    """Last parts of paths, where these differ from each other and from the mean's name; else the whole."""
+    short = [Path(text).name for text in texts]
+    return short if len({*short, "mean"}) > len(short) else list(texts)
+
+
+def table(title: str, rows: Sequence[tuple[str, Any, Any, list[str]]]) -> str:
+    """Rows of a name, numbers of images and masks, and cells."""
+    width = max(_NAME, *(len(row[0]) for row in rows))
+    lines = [
+        f"{name:{width}}{images:>7}{masks:>8}  {''.join(f'{cell:>{_CELL}}' for cell in cells)}"
+        for name, images, masks, cells in rows
+    ]
+    return "\n".join([title, *map(str.rstrip, lines)])
 
 
 def _sums(image: ImageScores, protocol: Protocol) -> list[float]:
@@ -235,7 +272,8 @@ def _named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def _data_dict(data: DataSet) -> dict[str, Any]:
+def data_dict(data: DataSet) -> dict[str, Any]:
+    """What a report says of a data set."""
     return {
         "name": data.name,
         "run": str(data.out),

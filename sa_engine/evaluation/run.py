@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sa_engine import __version__
 from sa_engine.evaluation.data import open_data
 from sa_engine.evaluation.interactive import EvaluationError, Protocol, evaluate_model
-from sa_engine.evaluation.results import ModelResult, Report
+from sa_engine.evaluation.results import ModelResult, Report, short_names
 from sa_engine.modeling.sam import load_sam, model_fingerprint, select_device
 from sa_engine.modeling.weights import resolve
 from sa_engine.predictor import Predictor
@@ -108,12 +108,6 @@ def write(report: Report, out: AnyPath) -> list[AnyPath]:
 
     content = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
     return write_results(out, {"evaluate.json": content.encode(), "evaluate.png": plot(report)})
-
-
-def short_names(texts: Sequence[str]) -> list[str]:
-    """Last parts of paths, where these differ from each other and from the mean's name; else the whole."""
-    short = [Path(text).name for text in texts]
-    return short if len({*short, "mean"}) > len(short) else list(texts)
 
 
 def _versions() -> dict[str, Any]:

@@ -31,6 +31,9 @@ class ModelOptions(Config):
     cache_embeddings: bool = option(
         True, identity=True, help="Keep a frozen encoder's embeddings on disk, in half precision."
     )
+    embeddings: str | None = option(
+        None, help="Folder that keeps embeddings for other rounds; default: gone when one is done."
+    )
     init_share: float = option(
         0.0,
         bounds=(0, 1),

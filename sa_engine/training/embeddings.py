@@ -8,19 +8,17 @@ it. float16 halves the space. Measured on vit_t and four photos: values reach 0.
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from sa_engine.errors import SaEngineError
-from sa_engine.modeling.sam import IMAGE_SIZE, Sam, model_fingerprint
+from sa_engine.modeling.sam import Sam, model_fingerprint
 from sa_engine.storage import atomic_write
-from sa_engine.training.data import TrainingData
 
 _SHAPE = (1, 256, 64, 64)
 _BLOCK = 4096  # bytes: a file's header, and its part of a disk's block
@@ -84,53 +82,13 @@ class EmbeddingCache:
         except OSError as error:
             raise self._told(error) from None
 
-    def fill(
-        self,
-        data: TrainingData,
-        encode: Callable[[np.ndarray], Tensor],
-        progress: Callable[[], object] | None = None,
-        indices: Iterable[int] | None = None,
-        image_size: int = IMAGE_SIZE,
-    ) -> int:
-        """Make the embeddings that are missing.
+    def rounded(self, embedding: Tensor) -> Tensor:
+        """An embedding as it comes back: in float32, rounded to the cache's precision."""
+        return embedding.to(self._dtype).float()
 
-        Args:
-            data: of whose images.
-            encode: (h, w, 3) uint8 RGB in the model-input frame, unpadded, to (1, 256, 64, 64).
-            progress: called after every image, also after one that is there.
-            indices: of the images, such as a worker's share; None: all.
-            image_size: side of the model input.
-
-        Returns:
-            How many were made.
-
-        Raises:
-            EmbeddingCacheError: not enough space, said before there is work; or as `put`.
-            RunError: an image cannot be read.
-        """
-        chosen = range(len(data)) if indices is None else indices
-        keys = {index: data.content_key(index) for index in chosen}
-        missing = {key: index for index, key in keys.items() if not self._has(key)}
-        self._check_space(len(missing))
-        for index, key in keys.items():
-            if missing.get(key) == index:
-                self.put(key, encode(data.pixels(index, image_size)))
-            if progress is not None:
-                progress()
-        return len(missing)
-
-    def _has(self, key: str) -> bool:
-        """Whether there is an embedding; whether it is damaged is seen when it is needed."""
-        path = self.path(key)
-        return path.exists() and path.stat().st_size > self._bytes
-
-    @property
-    def _bytes(self) -> int:
-        """Of an embedding."""
-        return math.prod(_SHAPE) * self._dtype.itemsize
-
-    def _check_space(self, count: int) -> None:
-        """Raise EmbeddingCacheError if so many embeddings do not fit on the disk."""
+    def check_space(self, keys: Iterable[str]) -> None:
+        """Raise EmbeddingCacheError if the embeddings that are missing do not fit on the disk."""
+        count = sum(not self._has(key) for key in keys)
         if not count:
             return
         try:
@@ -144,6 +102,16 @@ class EmbeddingCache:
                 f"{free / 1e9:,.1f} GB are free: free some space, name another folder, or train without kept "
                 "embeddings"
             )
+
+    def _has(self, key: str) -> bool:
+        """Whether there is an embedding; whether it is damaged is seen when it is needed."""
+        path = self.path(key)
+        return path.exists() and path.stat().st_size > self._bytes
+
+    @property
+    def _bytes(self) -> int:
+        """Of an embedding."""
+        return math.prod(_SHAPE) * self._dtype.itemsize
 
     def _label(self, key: str, values: Tensor) -> dict[str, str]:
         """What a file says of itself."""

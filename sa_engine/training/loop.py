@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,12 +65,14 @@ def simulation_of(config: RetrainConfig, device: torch.device) -> Simulation:
     )
 
 
-class Loaded(NamedTuple):
+@dataclass(frozen=True)
+class Loaded:
     """An image of a step."""
 
     position: int  # in the global batch
+    index: int  # of the image in the data
     sample: Sample
-    embedding: Tensor | None  # (1, 256, 64, 64) from the cache
+    cached: Tensor | None  # (1, 256, 64, 64), its embedding if that is there already
 
 
 class Trainer:
@@ -154,17 +157,19 @@ class Trainer:
             found = []
             for position, index in batch:
                 rng = np.random.default_rng((config.seed, _SAMPLE, iteration, position))
+                cached = None
+                if self.cache is not None:
+                    cached = self.cache.get(self.data.content_key(index))
                 sample = self.data.load(
                     index,
                     rng,
                     image_size=self.sam.image_size,
                     max_masks=config.max_masks,
                     jitter=(config.jitter[0], config.jitter[1]) if config.jitter else None,
-                    pixels=self.cache is None,
+                    pixels=cached is None,
                 )
                 if sample is not None:
-                    cached = self.cache and self.cache.get(self.data.content_key(index))
-                    found.append(Loaded(position, sample, cached))
+                    found.append(Loaded(position, index, sample, cached))
             return found
 
         with ThreadPoolExecutor(1) as loader:
@@ -180,12 +185,13 @@ class Trainer:
         config, masks_before = self.config, tally.masks
         set_training_mode(self.sam, config)
         self.optimizer.zero_grad(set_to_none=True)
-        for position, sample, cached in samples:
+        for loaded in samples:
+            position, sample = loaded.position, loaded.sample
             # Dropout and drop path of an image do not depend on the worker it is on.
             torch.manual_seed(_seed(config.seed, iteration, position))
             rng = np.random.default_rng((config.seed, _PROMPTS, iteration, position))
             with tally.timed("encoder", self.group.device):
-                embedding = self._embed(sample) if cached is None else self._on_device(cached)
+                embedding = self._embed(loaded)
             leaf = embedding.detach().requires_grad_(embedding.requires_grad)
             self.simulation.train(self.sam, leaf, sample.masks, rng, tally)
             if embedding.requires_grad:
@@ -204,19 +210,25 @@ class Trainer:
         self.state.masks += int(masks)
         return lr
 
-    def _embed(self, sample: Sample) -> Tensor:
-        """The embedding (1, 256, 64, 64) of a sample; with its graph if the encoder is trained."""
-        assert sample.pixels is not None
-        pixels = torch.from_numpy(sample.pixels).to(self.group.device).permute(2, 0, 1)
+    def _embed(self, loaded: Loaded) -> Tensor:
+        """An image's embedding (1, 256, 64, 64); with its graph if the encoder is trained."""
+        device, pixels = self.group.device, loaded.sample.pixels
+        if pixels is None:
+            assert loaded.cached is not None
+            return loaded.cached.to(device).float()
+        values = torch.from_numpy(pixels).to(device).permute(2, 0, 1)
         bf16 = self.config.precision == "bf16"
         with (
             torch.set_grad_enabled(self.config.train_encoder),
-            torch.autocast(self.group.device.type, torch.bfloat16, enabled=bf16),
+            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         ):
-            return self.sam.image_encoder(self.sam.preprocess(pixels)[None]).float()
-
-    def _on_device(self, cached: Tensor) -> Tensor:
-        return cached.to(self.group.device).float()
+            embedding = self.sam.image_encoder(self.sam.preprocess(values)[None]).float()
+        if self.cache is None:
+            return embedding
+        # As it will come back from the cache: an embedding is the same the first time and later.
+        key = self.data.content_key(loaded.index)
+        self.cache.put(key, embedding)
+        return self.cache.rounded(embedding)
 
     def _gradients(self) -> list[Tensor]:
         """Of all parameters in training; zeros where this worker's images gave none."""
@@ -281,7 +293,8 @@ def set_trainable(sam: Sam, config: RetrainConfig) -> None:
     if config.gradient_checkpointing and config.train_encoder:
         for block in sam.image_encoder.modules():
             if isinstance(block, BLOCKS):
-                block.forward = partial(checkpoint, type(block).forward, block, use_reentrant=False)
+                again = partial(checkpoint, type(block).forward, block, use_reentrant=False)
+                block.forward = again  # type: ignore[method-assign]
 
 
 def set_training_mode(sam: Sam, config: RetrainConfig) -> None:

@@ -58,7 +58,7 @@ class Prompts:
     """
 
     def __init__(
-        self, masks: Sequence[np.ndarray], rules: PromptRules, rng: np.random.Generator
+        self, masks: Sequence[np.ndarray] | np.ndarray, rules: PromptRules, rng: np.random.Generator
     ) -> None:
         self.rules, self.rng = rules, rng
         self.boxes: list[np.ndarray | None] = []

@@ -4,13 +4,14 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
 import torch
 from tqdm import tqdm
 
-from sa_engine.modeling.sam import Sam, model_fingerprint
+from sa_engine.modeling.sam import model_fingerprint
 from sa_engine.storage import RunError, RunPaths, atomic_write
 from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import TrainingData
@@ -67,7 +68,10 @@ def work(group: Group, job: Job) -> int:
             "started: give all machines the same file"
         )
     sam.to(group.device)
-    cache = _fill_cache(group, job, sam) if config.cached else None
+    cache = None
+    if config.cached:
+        encoder = f"{encoder_fingerprint(sam)}-{config.precision}"
+        cache = EmbeddingCache(embeddings_folder(job), encoder)
     validation = None
     if config.validation:
         sets = [(one.name, one) for one in job.data.validation_sets()]
@@ -81,14 +85,14 @@ def work(group: Group, job: Job) -> int:
         return trainer.run(lambda state: save_state(paths, state), journal.note, journal.tick)
 
 
+def embeddings_folder(job: Job) -> Path:
+    """Where embeddings are kept: as the options say, else in the round while it is trained."""
+    own = job.config.embeddings
+    return Path(own).expanduser() if own else job.paths.scratch.parent / "embeddings"
+
+
 def _nothing(*args: object) -> None:
     """What workers other than the main one do with what all of them know."""
-
-
-def _fill_cache(group: Group, job: Job, sam: Sam) -> EmbeddingCache:
-    """The cache of the frozen encoder's embeddings, filled by all workers together."""
-    cache = EmbeddingCache(job.paths.run / "embeddings", encoder_fingerprint(sam))
-    raise NotImplementedError
 
 
 class _Journal:
