@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
 from sa_engine.reader import iter_records, iter_sources, iter_tables, read_image
 from sa_engine.records import ARROW_SCHEMA, ImageRecord, image_name, mask_id
+from sa_engine.remote import RemotePath
 from sa_engine.storage import RunError
 from sa_engine.training.data import Sample, TrainingData, TrainingDataError
 from sa_engine.training.frame import Frame
@@ -566,3 +568,17 @@ def test_progress_counts_every_image(many: Path, tmp_path: Path) -> None:
     counts: list[int] = []
     TrainingData.open([out], progress=counts.append)
     assert sum(counts) == 24
+
+
+def test_a_run_in_an_object_store_is_read_like_one_on_a_disk(
+    many: Path, tmp_path: Path, s3: Callable[[str], str]
+) -> None:
+    out = make_run(many, tmp_path / "out", quarter)
+    place = RemotePath(s3(uuid.uuid4().hex))
+    for path in out.rglob("*"):
+        if path.is_file():
+            (place / path.relative_to(out).as_posix()).put(path)
+    here, there = (TrainingData.open([one], validation=0.2) for one in (out, place))
+    assert here.fingerprint == there.fingerprint
+    assert digest_of(here, 3) == digest_of(pickle.loads(pickle.dumps(there)), 3)
+    assert paths_aside(here) == paths_aside(there)
