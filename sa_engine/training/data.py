@@ -92,7 +92,7 @@ class TrainingData:
                 from 1 on (paper §7.6: 10 for manual and semi-automatic). The largest counts; sources not named: 1.
             validation: share of the images kept from training, chosen by the hashes of their photos: adding images
                 moves none of the others, and copies of a photo stay together. If it is above 0 and there are two
-                different photos, there is at least one image on either side.
+                different photos, neither side is empty: where the hashes would leave it so, one photo changes sides.
             seed: of the order, and of the choice for validation.
             progress: called with the number of images read since the last call.
 
@@ -101,17 +101,8 @@ class TrainingData:
             TrainingDataError: nothing to train on, a run named twice, or an option out of its range.
         """
         weights = _weights(oversample or {})
-        if not 0 <= validation < 1:
-            raise TrainingDataError(
-                f"validation is {validation}: expected a share from 0 to below 1"
-            )
-        if not 0 < max_mask_coverage <= 1:
-            raise TrainingDataError(
-                f"max_mask_coverage is {max_mask_coverage}: expected a share above 0, up to 1"
-            )
         places = [str(run) for run in runs]
-        if len(set(places)) < len(places):
-            raise TrainingDataError(f"--data names a folder twice: {', '.join(places)}")
+        _check(places, max_mask_coverage, validation)
         finished = [FinishedRun(run) for run in runs]
         scan = scan_runs(runs, max_mask_coverage, weights, f"validation:{seed}", progress)
         usable = ~scan.held_out & (scan.masks > 0)
@@ -233,6 +224,18 @@ class TrainingData:
 @lru_cache(2)  # a batch may reach into the next epoch
 def _permutation(seed: int, epoch: int, slots: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(slots)
+
+
+def _check(places: Sequence[str], max_mask_coverage: float, validation: float) -> None:
+    """Raise TrainingDataError for what `TrainingData.open` does not take."""
+    if not 0 <= validation < 1:
+        raise TrainingDataError(f"validation is {validation}: expected a share from 0 to below 1")
+    if not 0 < max_mask_coverage <= 1:
+        raise TrainingDataError(
+            f"max_mask_coverage is {max_mask_coverage}: expected a share above 0, up to 1"
+        )
+    if len(set(places)) < len(places):
+        raise TrainingDataError(f"--data names a folder twice: {', '.join(places)}")
 
 
 def _weights(oversample: Mapping[str, float]) -> np.ndarray:
