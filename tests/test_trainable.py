@@ -57,8 +57,10 @@ def test_values_and_gradients_are_the_plain_decoders(sam: Sam, with_mask: bool) 
     assert all(name.endswith("token_to_image.k_proj.bias") for name in missing)
     assert len(ours) > 100 and ours.keys() <= expected.keys()
     for name, value in ours.items():
-        scale = expected[name].norm() + 1e-6
-        assert (value - expected[name]).norm() / scale < 1e-4, name
+        if name.endswith("k_proj.bias"):
+            assert value.norm() < 1e-4  # it cancels in the softmax: this is rounding
+        else:
+            assert (value - expected[name]).norm() < 1e-4 * expected[name].norm() + 1e-9, name
 
 
 def test_fewer_outputs_are_the_same_ones() -> None:
