@@ -20,7 +20,6 @@ from sa_engine.errors import SaEngineError
 from sa_engine.modeling.sam import Sam, model_fingerprint
 from sa_engine.storage import atomic_write
 
-_SHAPE = (1, 256, 64, 64)
 _BLOCK = 4096  # bytes: a file's header, and its part of a disk's block
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -41,9 +40,17 @@ class EmbeddingCache:
         folder: on this machine, made if it is missing; caches of other encoders and precisions may share it.
         encoder: as of `encoder_fingerprint`; and whatever else decides the values, such as bf16 arithmetic.
         dtype: "float16" (2 MB an image) or "float32" (4 MB), on the disk.
+        shape: of an embedding.
     """
 
-    def __init__(self, folder: Path, encoder: str, dtype: str = "float16") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        encoder: str,
+        dtype: str = "float16",
+        shape: tuple[int, ...] = (1, 256, 64, 64),
+    ) -> None:
+        self._shape = shape
         self.folder = folder / f"{encoder[:32]}-{dtype}"
         self._encoder, self._dtype = encoder, _DTYPES[dtype]
 
@@ -67,8 +74,8 @@ class EmbeddingCache:
             EmbeddingCacheError: a value is not finite, or not in this precision; or the file cannot be written.
             ValueError: another shape.
         """
-        if embedding.shape != _SHAPE:
-            raise ValueError(f"an embedding is {tuple(embedding.shape)}: expected {_SHAPE}")
+        if embedding.shape != self._shape:
+            raise ValueError(f"an embedding is {tuple(embedding.shape)}: expected {self._shape}")
         values = embedding.detach().to("cpu", self._dtype).contiguous()
         if not values.isfinite().all():
             raise EmbeddingCacheError(
@@ -111,7 +118,7 @@ class EmbeddingCache:
     @property
     def _bytes(self) -> int:
         """Of an embedding."""
-        return math.prod(_SHAPE) * self._dtype.itemsize
+        return math.prod(self._shape) * self._dtype.itemsize
 
     def _label(self, key: str, values: Tensor) -> dict[str, str]:
         """What a file says of itself."""

@@ -7,9 +7,10 @@ number of masks in the whole batch: any number of workers takes the same steps.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -173,12 +174,12 @@ class Trainer:
             return found
 
         with ThreadPoolExecutor(1) as loader:
-            ahead: deque[Future[list[Loaded]]] = deque()
-            for iteration in range(first, config.iterations + _LOADED_AHEAD):
-                if iteration < config.iterations:
-                    ahead.append(loader.submit(load, iteration))
-                if len(ahead) > _LOADED_AHEAD or iteration >= config.iterations:
-                    yield ahead.popleft().result()
+            coming = iter(range(first, config.iterations))
+            ahead = deque(loader.submit(load, one) for one in islice(coming, _LOADED_AHEAD))
+            while ahead:
+                samples = ahead.popleft().result()
+                ahead.extend(loader.submit(load, one) for one in islice(coming, 1))
+                yield samples
 
     def _step(self, iteration: int, samples: list[Loaded], tally: Tally) -> float:
         """One step of the optimizer, the same on all workers; gives its learning rate."""
@@ -283,13 +284,17 @@ def validation_interval(config: RetrainConfig) -> int:
 
 
 def set_trainable(sam: Sam, config: RetrainConfig) -> None:
-    """Ask for gradients of what is trained: the encoder if it is, never a classification head left over."""
+    """Ask for gradients of what is trained: the encoder if it is; never a classification head left over."""
     sam.requires_grad_(True)
     if not config.train_encoder:
         sam.image_encoder.requires_grad_(False)
     for name, module in sam.image_encoder.named_children():
         if name in ("head", "norm_head"):
             module.requires_grad_(False)
+    for name, parameter in sam.mask_decoder.named_parameters():
+        if name.endswith("k_proj.bias"):
+            # It cancels in the softmax: its gradient is rounding, which AdamW would blow up to whole steps.
+            parameter.requires_grad_(False)
     if config.gradient_checkpointing and config.train_encoder:
         for block in sam.image_encoder.modules():
             if isinstance(block, BLOCKS):

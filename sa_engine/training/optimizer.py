@@ -9,7 +9,9 @@ from sa_engine.modeling.sam import Sam
 from sa_engine.training.config import OptimizerOptions
 
 _ENCODER = "image_encoder."
-_NO_DECAY = re.compile(r"pos_embed|rel_pos|attention_biases|_token|_embed")
+_NO_DECAY = re.compile(
+    r"pos_embed|rel_pos|attention_biases|iou_token|mask_tokens|point_embeddings|not_a_point|no_mask"
+)
 
 
 def make_optimizer(sam: Sam, options: OptimizerOptions) -> torch.optim.AdamW:

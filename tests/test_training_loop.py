@@ -1,0 +1,205 @@
+"""Training on a small model, whole: it learns, and stops, resumes and spreads over workers without a trace."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_training_data import Masks, make_run
+from torch import Tensor, nn
+from training import SIDE, small_sam
+
+from sa_engine.modeling.sam import build_sam
+from sa_engine.storage import RunPaths
+from sa_engine.training.config import RetrainConfig
+from sa_engine.training.data import TrainingData
+from sa_engine.training.embeddings import EmbeddingCache
+from sa_engine.training.group import Group
+from sa_engine.training.loop import Trainer, set_trainable, set_training_mode
+from sa_engine.training.optimizer import layer_numbers, make_optimizer, rate
+from sa_engine.training.parallel import run_workers
+from sa_engine.training.state import load_state, save_state
+
+OPTIONS: dict[str, Any] = {
+    "data": ("-",),
+    "out": "-",
+    "iterations": 4,
+    "batch_size": 4,
+    "max_masks": 3,
+    "corrections": 1,
+    "mask_only_steps": 1,
+    "warmup": 2,
+    "lr": 1e-3,
+    "schedule": "constant",
+    "dropout": 0.1,
+    "drop_path": 0.2,
+    "loss_size": 256,
+    "log_every": 2,
+}
+
+
+def draw(key: str, height: int, width: int) -> Masks:
+    """Three quarters of an image and its middle."""
+    masks = []
+    for rows, columns in itertools.product((0, 1), (0, 1)):
+        mask = np.zeros((height, width), dtype=bool)
+        top, left = rows * height // 2, columns * width // 2
+        mask[top : top + height // 2, left : left + width // 2] = True
+        masks.append(("manual", mask))
+    return masks
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, photos: list[np.ndarray]) -> Path:
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    for number, photo in enumerate(photos):
+        for turn in range(2):
+            picture = Image.fromarray(photo).reduce(8).rotate(180 * turn)
+            picture.save(folder / f"{number}{turn}.png")
+    return make_run(folder, tmp_path_factory.mktemp("runs") / "run", draw)
+
+
+def make_trainer(
+    run: Path, group: Group | None = None, state: Any = None, **options: Any
+) -> Trainer:
+    config = RetrainConfig(**{**OPTIONS, **options})
+    data = TrainingData.open([run], seed=config.seed)
+    sam = small_sam(drop_path=config.drop_path, dropout=config.dropout)
+    trainer = Trainer(config, group or Group(), sam, data, state=state)
+    object.__setattr__(trainer.simulation, "loss_size", 32)
+    return trainer
+
+
+def train(run: Path, save: Any = lambda state: None, **options: Any) -> tuple[Trainer, list[Any]]:
+    trainer, lines = make_trainer(run, **options), []
+    assert trainer.run(save, lines.append) == 0
+    return trainer, lines
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.sam.state_dict().items()}
+
+
+def train_as_worker(group: Group, run: Path, options: dict[str, Any]) -> dict[str, Tensor]:
+    trainer = make_trainer(run, group, **options)
+    assert trainer.run(lambda state: None, lambda line: None) == 0
+    return weights(trainer)
+
+
+def test_training_lowers_the_losses(run: Path) -> None:
+    _, lines = train(
+        run, iterations=16, log_every=4, lr=2e-3, dropout=0.0, drop_path=0.0, corrections=0
+    )
+    losses = [line["total"] for line in lines]
+    assert len(losses) == 4 and losses[-1] < 0.8 * losses[0]
+    assert [line["iteration"] for line in lines] == [4, 8, 12, 16]
+    assert lines[-1]["masks"] == 16 * 4 * 3
+    parts = {"encoder", "decoder", "losses", "backward", "optimizer"}
+    assert lines[0]["ms_per_mask"].keys() == parts
+
+
+def test_a_training_that_was_stopped_ends_with_the_same_weights(run: Path, tmp_path: Path) -> None:
+    whole, _ = train(run)
+    paths = RunPaths(tmp_path)
+    for stop in (1, 3):
+        noticed = itertools.count(1)
+        stopped = make_trainer(
+            run,
+            Group(heard=lambda noticed=noticed, stop=stop: 15 * (next(noticed) == stop)),  # type: ignore[misc]
+            state=load_state(paths),
+        )
+        assert stopped.run(lambda state: save_state(paths, state), lambda line: None) == 15
+        assert not list(paths.scratch.iterdir())
+    resumed, lines = train(run, state=load_state(paths))
+    assert resumed.state.iteration == 4 and [line["iteration"] for line in lines] == []
+    expected = weights(whole)
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_two_workers_take_the_same_steps_as_one(run: Path) -> None:
+    options = {"iterations": 3, "batch_size": 3, "lr": 3e-4}
+    alone = train_as_worker(Group(), run, options)
+    together = run_workers(train_as_worker, run, options, num_workers=2, threads=1)
+    before = small_sam().state_dict()
+    moved = 0.0
+    for name, value in together.items():
+        torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-5)
+        moved = max(moved, float((value - before[name]).abs().max()))
+    assert moved > 5e-4
+
+
+def test_a_frozen_encoder_and_batch_norms_stay_as_they_are(run: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(run, train_encoder=False)
+    before = weights(trainer)
+    assert trainer.run(lambda state: None, lambda line: None) == 0
+    changed = {
+        name.split(".")[0]
+        for name, value in weights(trainer).items()
+        if not torch.equal(value, before[name])
+    }
+    assert changed == {"prompt_encoder", "mask_decoder"}
+    sam = build_sam("vit_t", drop_path=0.1)
+    set_training_mode(sam, RetrainConfig(**OPTIONS))
+    norms = [module for module in sam.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and not any(module.training for module in norms) and sam.image_encoder.training
+    set_training_mode(sam, RetrainConfig(**OPTIONS, train_encoder=False))
+    assert not sam.image_encoder.training and sam.mask_decoder.training
+
+
+def test_kept_embeddings_train_as_new_ones(run: Path, tmp_path: Path) -> None:
+    """The second training reads what the first has written, rounded once in both."""
+    found = []
+    for _ in range(2):
+        trainer = make_trainer(run, train_encoder=False)
+        trainer.cache = EmbeddingCache(tmp_path, "encoder", shape=(1, 256, SIDE // 16, SIDE // 16))
+        assert trainer.run(lambda state: None, lambda line: None) == 0
+        found.append(weights(trainer))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 8
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(run: Path) -> None:
+    plain, _ = train(run, iterations=1, drop_path=0.0)
+    again, _ = train(run, iterations=1, drop_path=0.0, gradient_checkpointing=True)
+    for name, value in weights(again).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=0, atol=1e-6)
+
+
+def test_lower_layers_learn_more_slowly() -> None:
+    sam = build_sam("vit_t")
+    layers = layer_numbers(sam)
+    assert layers["image_encoder.patch_embed.seq.0.c.weight"] == 0
+    assert layers["image_encoder.layers.0.blocks.0.conv1.c.weight"] == 1
+    assert layers["image_encoder.layers.1.blocks.0.attn.qkv.weight"] == 3
+    assert layers["image_encoder.layers.0.downsample.conv1.c.weight"] == 2
+    assert layers["image_encoder.neck.0.weight"] == max(layers.values()) == 13
+    config = RetrainConfig(**{**OPTIONS, "layer_decay": 0.5, "weight_decay": 0.1})
+    set_trainable(sam, config)
+    optimizer = make_optimizer(sam, config)
+    scales = {
+        id(p): (g["scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
+    }
+    named = dict(sam.named_parameters())
+    of = lambda name: scales[id(named[name])]  # noqa: E731
+    assert of("image_encoder.neck.0.weight") == (1.0, 0.1)
+    assert of("image_encoder.layers.3.blocks.1.attn.qkv.weight") == (0.5, 0.1)
+    assert of("image_encoder.patch_embed.seq.0.c.weight") == (0.5**13, 0.1)
+    assert of("mask_decoder.iou_token.weight") == (1.0, 0.0)
+    assert of("mask_decoder.transformer.norm_final_attn.weight") == (1.0, 0.0)
+    assert not named["image_encoder.head.weight"].requires_grad
+
+
+def test_the_papers_schedule() -> None:
+    paper = RetrainConfig(data=("-",), out="-")
+    assert rate(paper, 0) == pytest.approx(8e-4 / 250)
+    assert rate(paper, 249) == rate(paper, 250) == rate(paper, 59_999) == pytest.approx(8e-4)
+    assert rate(paper, 60_000) == pytest.approx(8e-5) and rate(paper, 86_666) == pytest.approx(8e-6)
+    linear = RetrainConfig(
+        data=("-",), out="-", schedule="linear", iterations=110, warmup=10, lr=1.0
+    )
+    assert [rate(linear, at) for at in (4, 10, 60, 109)] == pytest.approx([0.5, 1.0, 0.5, 0.01])
