@@ -1,10 +1,10 @@
-"""What a training step takes of memory, told before the first one.
+"""What training takes of memory, told before the first step.
 
 The activations that autograd keeps are counted, not guessed: the model runs once on torch's meta device, where
-tensors have shapes and no numbers, so that any encoder, decoder depth and batch is known within a second.
+tensors have shapes and no numbers, so that any encoder, decoder depth and number of masks is known within a second.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,31 +14,36 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sa_engine.modeling.image_encoder import EMBEDDING_CHANNELS
-from sa_engine.modeling.mask_decoder import MULTIMASK_OUTPUTS
+from sa_engine.modeling.mask_decoder import MULTIMASK_OUTPUTS, MaskDecoder
 from sa_engine.modeling.sam import Sam
+from sa_engine.modeling.trainable import attend, predict_masks
 from sa_engine.resources import this_machine
+from sa_engine.training.loop import BLOCKS
 
-# Measured on a CPU, see `estimate` and benchmarks/README.md.
-_PROCESS = 450_000_000
-_BF16 = 0.6
-_BACKWARD = 1.1
+# Measured on a CPU, see `estimate`: Python with its libraries and what is small; what bfloat16 leaves of the
+# activations; float32 maps of logits that the losses keep.
+_PROCESS = 900_000_000
+_BF16_ENCODER, _BF16_DECODER = 0.6, 0.77
 _LOSS_MAPS = 10
+_LOADED_STEPS = 3  # the one at work, and two ahead
+_OUTPUTS = MULTIMASK_OUTPUTS + 1
 _PROMPT_TOKENS = 3
 _NUMBER = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a training process takes at its peak.
+    """Bytes that a worker takes at its peak.
 
     Attributes:
         process: Python, torch and the libraries.
-        weights: of the model, float32 whatever the computation is in.
+        weights: of the model, float32 whatever the arithmetic.
         gradients: of the weights that are trained.
         optimizer: the two moments of AdamW.
-        encoder: activations of the image encoder, of all images of a step; 0 if it is frozen.
+        encoder: activations of the image encoder, of one image: the loop takes one after another. 0 if it is frozen.
         decoder: activations and losses of one decode.
-        targets: masks of all images of a step, as booleans.
+        samples: pixels and masks of the images that are loaded; never on a GPU.
+        on_gpu: whether the model is on one.
     """
 
     process: int
@@ -47,52 +52,57 @@ class MemoryEstimate:
     optimizer: int
     encoder: int
     decoder: int
-    targets: int
+    samples: int
+    on_gpu: bool = False
 
     @property
     def total(self) -> int:
-        return self.process + self.weights + self.to_come
+        """All of it, wherever it is."""
+        return sum(self._parts().values())
 
     @property
     def to_come(self) -> int:
-        """What a process takes beyond what it has when its model is loaded."""
-        return self.gradients + self.optimizer + self.encoder + self.decoder + self.targets
+        """What training will take on the device on which the model is already."""
+        step = self.gradients + self.optimizer + self.encoder + self.decoder
+        return step if self.on_gpu else step + self.samples
 
-    def __str__(self) -> str:
-        """Say it in a line."""
-        parts = {
+    def _parts(self) -> dict[str, int]:
+        return {
             "process": self.process,
             "weights": self.weights,
             "gradients": self.gradients,
             "AdamW": self.optimizer,
             "encoder": self.encoder,
             "decoder": self.decoder,
-            "masks": self.targets,
+            "loaded images": self.samples,
         }
-        listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        return f"about {self.total / 1e9:.1f} GB of memory for each worker ({listed})"
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self._parts().items())
+        return f"about {self.total / 1e9:.1f} GB of memory for each worker: {parts}"
 
     def shortage(self, free: float, workers: int = 1) -> str | None:
-        """Tell what to lower if it does not fit; None if it does.
+        """What to lower if it will not fit; None if it will.
 
         Args:
-            free: bytes that are free for what is to come, as of :func:`free_memory`.
+            free: bytes of the device, with the model on it, as of :func:`free_memory`.
             workers: that share them.
         """
         needed = self.to_come * workers
         if needed <= free:
             return None
-        if self.encoder >= max(self.decoder, self.gradients + self.optimizer):
-            advice = "fewer images a step, gradient checkpointing, bf16, or a frozen image encoder"
-        elif self.decoder + self.targets >= self.gradients + self.optimizer:
-            advice = "fewer masks a decode or an image, a smaller loss size, or bf16"
-        else:
-            advice = "a smaller model, or a frozen image encoder"
-        advice += ", or fewer workers" if workers > 1 else ""
-        many = f"{workers} workers" if workers > 1 else "training"
+        advice = {
+            self.gradients + self.optimizer: "a frozen encoder (train_encoder = false)",
+            self.encoder: "gradient_checkpointing, precision = bf16 or train_encoder = false",
+            self.decoder: "a smaller masks_per_decode or loss_size, or precision = bf16",
+            0 if self.on_gpu else self.samples: "a smaller batch_size or max_masks",
+        }
+        fewer = ", or fewer workers" if workers > 1 else ""
+        who = f"{workers} workers" if workers > 1 else "training"
         return (
-            f"{many} will take about {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free: "
-            f"it may be ended by the system. Use {advice}"
+            f"{who} will take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: the system "
+            f"may end it. What helps most: {advice[max(advice)]}{fewer}"
         )
 
 
@@ -106,35 +116,32 @@ def estimate(
     checkpointing: bool = False,
     bf16: bool = False,
 ) -> MemoryEstimate:
-    """Estimate the peak of a step that encodes its images, and then decodes and backpropagates mask by mask.
+    """Estimate what a worker takes; what has `requires_grad` is trained.
 
-    What has `requires_grad` is trained. Measured peaks of fresh processes on a CPU (2026-11-25, torch 2.14,
-    glibc, `benchmarks/training_memory.py`) were MEASURED of the estimate; a GPU, whose attention keeps less, stays
-    below.
+    Peaks of fresh processes were MEASURED of the estimate (CPU, 2026-11-25, torch 2.14; all of them are in
+    benchmarks/README.md, by `benchmarks/training_memory.py`). A GPU stays below it, because its attention keeps less.
 
     Args:
-        sam: as it will be trained; nothing runs on its device.
-        images: of a step on one worker, whose activations are kept at the same time.
-        masks_per_image: kept as (loss_size, loss_size) booleans.
-        masks_per_decode: prompts that the decoder takes at once, three masks each.
+        sam: in training, where it will be trained; nothing runs there.
+        images: of a step on one worker.
+        masks_per_image: as many as an image can have.
+        masks_per_decode: objects that are prompted at once.
         loss_size: side of the square of logits that the losses see.
         checkpointing: the encoder's blocks are computed again in the backward pass.
         bf16: under autocast; weights, gradients and moments stay float32.
     """
     trained = sum(p.nbytes for p in sam.parameters() if p.requires_grad)
-    kept = _encoder_activations(sam, images, checkpointing) * _BACKWARD
-    decoded = _decoder_activations(sam, masks_per_decode) * _BACKWARD
-    share = _BF16 if bf16 else 1.0
-    losses = _LOSS_MAPS * masks_per_decode * MULTIMASK_OUTPUTS * loss_size**2 * _NUMBER
-    pixels = images * (3 * sam.image_size**2 + EMBEDDING_CHANNELS * (sam.image_size // 16) ** 2)
+    encoder, decoder = _BF16_ENCODER if bf16 else 1.0, _BF16_DECODER if bf16 else 1.0
+    losses = _LOSS_MAPS * masks_per_decode * _OUTPUTS * loss_size**2 * _NUMBER
     return MemoryEstimate(
         process=_PROCESS,
         weights=sum(p.nbytes for p in sam.parameters()),
         gradients=trained,
         optimizer=2 * trained,
-        encoder=int(kept * share),
-        decoder=int(decoded * share) + losses,
-        targets=images * masks_per_image * loss_size**2 + pixels * _NUMBER,
+        encoder=int(_encoder_activations(sam, checkpointing) * encoder),
+        decoder=int(_decoder_activations(sam, masks_per_decode) * decoder) + losses,
+        samples=_LOADED_STEPS * images * (masks_per_image + 3) * sam.image_size**2,
+        on_gpu=sam.device.type == "cuda",
     )
 
 
@@ -145,34 +152,47 @@ def free_memory(device: torch.device) -> float:
     return this_machine().memory
 
 
-def _encoder_activations(sam: Sam, images: int, checkpointing: bool) -> int:
+def _encoder_activations(sam: Sam, checkpointing: bool) -> int:
     """Bytes; with checkpointing, the inputs of the blocks and the largest of them once."""
     encoder = sam.image_encoder
-    blocks = [
-        block
-        for name, block in encoder.named_modules()
-        if name.split(".")[-2:-1] == ["blocks"]  # those of TinyViT's stages too
-    ]
+    blocks = [module for module in encoder.modules() if isinstance(module, BLOCKS)]
+    recomputing = {
+        block: vars(block).pop("forward") for block in blocks if "forward" in vars(block)
+    }
     state = _on_meta(encoder)
     saved = SavedTensors(state)
-    pixels = torch.empty(images, 3, sam.image_size, sam.image_size, device="meta")
+    pixels = torch.empty(1, 3, sam.image_size, sam.image_size, device="meta")
     with saved.watching(blocks):
         functional_call(encoder, state, (pixels,))
+    for block, forward in recomputing.items():
+        block.forward = forward  # type: ignore[method-assign]
     if not checkpointing:
         return saved.bytes
     return saved.bytes - sum(saved.blocks) + sum(saved.inputs) + max(saved.blocks)
 
 
 def _decoder_activations(sam: Sam, masks: int) -> int:
-    state = _on_meta(sam.mask_decoder)
+    decode = _FirstDecode(sam.mask_decoder)
+    state = _on_meta(decode)
     saved = SavedTensors(state)
-    side = sam.image_size // 16
-    grid = torch.empty(1, EMBEDDING_CHANNELS, side, side, device="meta")
+    positions = torch.empty(1, (sam.image_size // 16) ** 2, EMBEDDING_CHANNELS, device="meta")
+    image = torch.empty_like(positions).requires_grad_(_is_trained(sam.image_encoder))
     tokens = torch.empty(masks, _PROMPT_TOKENS, EMBEDDING_CHANNELS, device="meta")
-    image = torch.empty_like(grid).requires_grad_(_is_trained(sam.image_encoder))
-    with saved.watching([]):
-        functional_call(sam.mask_decoder, state, (image, grid, tokens, grid, True))
+    with saved.watching():
+        functional_call(decode, state, (image, positions, tokens))
     return saved.bytes
+
+
+class _FirstDecode(nn.Module):
+    """The step of the simulation that keeps most: all outputs, whose losses are compared."""
+
+    def __init__(self, decoder: MaskDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, image: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        attended = attend(self.decoder, image, positions, tokens)
+        return predict_masks(self.decoder, attended), self.decoder.predict_iou(attended)
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -204,7 +224,7 @@ class SavedTensors:
         self._kept = {_storage(tensor): tensor for tensor in weights.values()}
 
     @contextmanager
-    def watching(self, blocks: list[nn.Module]) -> Iterator[None]:
+    def watching(self, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
         """Count while a model runs forward."""
         hooks = [block.register_forward_pre_hook(self._enter) for block in blocks]
         hooks += [block.register_forward_hook(self._leave) for block in blocks]
