@@ -116,7 +116,7 @@ def test_spoiled_models_are_refused(
 def test_samples_depend_on_the_seed_alone(runs: list[DataSet]) -> None:
     sam = load_sam(resolve("vit_t"))
     some = {"images": 1, "images_automatic": 0, "max_masks": 1}
-    first, second, again = (measure(sam, runs, seed=seed, **some) for seed in (0, 1, 0))
+    first, second, again = (measure(sam, runs, seed=seed, **some) for seed in (0, 3, 0))
     assert first.data[0].masks == second.data[0].masks == 1
     assert first.miou_1pt != second.miou_1pt and again == first
     with pytest.raises(ValueError, match="not of the same images"):
