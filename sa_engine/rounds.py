@@ -169,18 +169,20 @@ def write_model(out: Path, sam: Sam, info: RoundInfo) -> None:
     temporary = out / f".{uuid.uuid4().hex}.tmp"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, {"format": "pt", "fingerprint": info.fingerprint})
-        (out / INFO).unlink(missing_ok=True)  # it would be of other weights for a moment
-        place(temporary, out / WEIGHTS)
+        try:
+            save_file(tensors, temporary, {"fingerprint": info.fingerprint})
+            (out / INFO).unlink(missing_ok=True)  # it would be of other weights for a moment
+            place(temporary, out / WEIGHTS)
+        finally:
+            temporary.unlink(missing_ok=True)
         atomic_write(out / INFO, content.encode())
     except (OSError, SafetensorError) as error:
         detail = getattr(error, "strerror", None) or error
+        size = sum(tensor.nbytes for tensor in tensors.values())
         raise RoundError(
             f"cannot write the round {out}: {detail}; name a folder that can be written, with room "
-            f"for {sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6:,.0f} MB"
+            f"for {size / 1e6:,.0f} MB"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_round(path: Path) -> RoundInfo:

@@ -11,40 +11,40 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from sa_engine import rle
 from sa_engine.cli import main
+from sa_engine.config import MaskConfig
 from sa_engine.evaluation.data import DataSet, open_data
+from sa_engine.generator import MaskGenerator
 from sa_engine.modeling.sam import Sam, load_sam
 from sa_engine.modeling.weights import resolve
 from sa_engine.predictor import Predictor
 from sa_engine.training.gate import DataFigures, GateFigures, judge, measure
 
-# XYXY boxes of things in the photos: a face and a patch; a cup and a spoon.
-BOXES = {
-    "astronaut.png": [(175, 60, 275, 200), (60, 300, 150, 400)],
-    "coffee.png": [(90, 40, 480, 340), (420, 50, 580, 160)],
-}
+PHOTOS = ("astronaut.png", "coffee.png")
+MASKS = 3
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, photo_files: list[Path]) -> list[DataSet]:
-    """Two photos of two masks each; the truth is what the model makes of boxes, so that it is good at it."""
+    """Two photos of three masks each: what the model finds in them, so that it is good at it."""
     folder = tmp_path_factory.mktemp("gate")
     (folder / "photos").mkdir()
-    predictor = Predictor(load_sam(resolve("vit_t")))
+    config = MaskConfig(points_per_side=6, crop_n_layers=0)
+    generator = MaskGenerator(Predictor(load_sam(resolve("vit_t"))), config)
     images, annotations = [], []
-    for number, (name, boxes) in enumerate(BOXES.items()):
+    for number, name in enumerate(PHOTOS):
         photo = np.array(Image.open(photo_files[number]).convert("RGB"))
         assert photo_files[number].name == name
         Image.fromarray(photo).save(folder / "photos" / name)
         height, width = photo.shape[:2]
         images.append({"id": number, "file_name": name, "height": height, "width": width})
-        embedding = predictor.embed(photo)
-        logits = predictor.predict(embedding, boxes=np.array(boxes), multimask=False).logits
-        for mask in (predictor.upsample(logits, embedding)[:, 0] > 0).numpy():
-            segmentation = rle.encode(mask)
+        for mask in generator.generate(photo)[:MASKS]:
             annotations.append(
-                {"id": len(annotations), "image_id": number, "segmentation": segmentation}
+                {
+                    "id": len(annotations),
+                    "image_id": number,
+                    "segmentation": mask.segmentation,
+                }
             )
     (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     result = CliRunner().invoke(
@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, photo_files: list[Path]) -> l
 
 
 def figures(sam: Sam, runs: list[DataSet]) -> GateFigures:
-    return measure(sam, runs, images_automatic=1, points_per_side=6)
+    return measure(sam, runs, images=1, images_automatic=1, points_per_side=6)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def before(runs: list[DataSet]) -> GateFigures:
 
 def test_the_model_itself_is_promoted(runs: list[DataSet], before: GateFigures) -> None:
     (data,) = before.data
-    assert (data.images, data.masks, data.images_automatic) == (2, 4, 1)
-    assert data.miou_box > 0.95 and data.miou_1pt > 0.5 and data.masks_per_image >= 4
+    assert (data.images, data.masks, data.images_automatic) == (1, MASKS, 1)
+    assert data.miou_box > 0.8 and data.miou_1pt > 0.7 and data.masks_per_image >= MASKS
     sam = load_sam(resolve("vit_t"))
     sam.mask_decoder.train()  # as when the image encoder is frozen
     again = figures(sam, runs)
@@ -116,12 +116,11 @@ def test_spoiled_models_are_refused(
 def test_samples_depend_on_the_seed_alone(runs: list[DataSet]) -> None:
     sam = load_sam(resolve("vit_t"))
     some = {"images": 1, "images_automatic": 0, "max_masks": 1}
-    found = {seed: measure(sam, runs, seed=seed, **some) for seed in range(3)}
-    assert {one.data[0].masks for one in found.values()} == {1}
-    assert len({one.miou_1pt for one in found.values()}) > 1
-    assert measure(sam, runs, seed=1, **some) == found[1]
+    first, second, again = (measure(sam, runs, seed=seed, **some) for seed in (0, 3, 0))
+    assert first.data[0].masks == second.data[0].masks == 1
+    assert first.miou_1pt != second.miou_1pt and again == first
     with pytest.raises(ValueError, match="not of the same images"):
-        judge(found[0], found[1])
+        judge(first, second)
 
 
 def made_up(*rows: tuple[float, float, float]) -> GateFigures:

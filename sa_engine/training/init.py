@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sa_engine.modeling.image_encoder import ImageEncoderViT
 from sa_engine.modeling.sam import (
     ARCHITECTURES,
     CheckpointError,
@@ -68,7 +69,7 @@ def initial_model(
     depth = len(sam.mask_decoder.transformer.layers)
     notes = []
     if encoder_init is not None or architecture not in (None, own):
-        architecture, encoder, note = _other_encoder(architecture, encoder_init, seed)
+        own, encoder, note = _other_encoder(architecture, encoder_init)
         rest = {key: value for key, value in state.items() if not key.startswith(_ENCODER)}
         state = {**rest, **{_ENCODER + key: value for key, value in encoder.items()}}
         facts["encoder"] = encoder_init or FRESH
@@ -80,8 +81,8 @@ def initial_model(
         notes.append(f"decoder layers {depth + 1} to {decoder_depth} are copies of layer {depth}")
         depth = decoder_depth
     if notes:
-        sam = build_sam(architecture or own, depth, **rates)
-        sam.load_state_dict(state)
+        sam = _fresh_sam(own, depth, rates, seed)
+        sam.load_state_dict({**sam.state_dict(), **state})
     return sam.to(device), Parent(**facts, notes=tuple(notes))
 
 
@@ -98,9 +99,9 @@ def _load(path: Path, rates: dict[str, float]) -> Sam:
 
 
 def _other_encoder(
-    architecture: str | None, encoder_init: str | None, seed: int
+    architecture: str | None, encoder_init: str | None
 ) -> tuple[str, Mapping[str, Tensor], str]:
-    """Architecture and state dict of an image encoder, and a sentence about it."""
+    """An image encoder's architecture, the weights that are not to be fresh, and a sentence about it."""
     if architecture not in (None, *ARCHITECTURES):
         raise CheckpointError(
             f"architecture {architecture}: expected one of {', '.join(ARCHITECTURES)}"
@@ -108,14 +109,14 @@ def _other_encoder(
     if encoder_init is None:
         assert architecture is not None
         note = f"the image encoder {architecture} is fresh: nothing of it has been trained"
-        return architecture, _fresh_encoder(architecture, seed), note
+        return architecture, {}, note
     path = resolve(encoder_init)
     mae = mae_state(read_checkpoint(path))
-    if mae is not None:
-        found = mae_architecture(mae, path)
-    else:
-        state = read_state_dict(path)
-        found = detect_architecture(state, path)
+    found = (
+        detect_architecture(read_state_dict(path), path)
+        if mae is None
+        else mae_architecture(mae, path)
+    )
     if architecture not in (None, found):
         raise CheckpointError(
             f"{encoder_init} has an image encoder {found}, expected {architecture}: name another file "
@@ -124,28 +125,27 @@ def _other_encoder(
     if mae is None:
         encoder = load_sam(path).image_encoder.state_dict()
         return found, encoder, f"the image encoder {found} is that of {encoder_init}"
-    fresh = _fresh_encoder(found, seed)
+    encoder = encoder_from_mae(mae, found, path)
     note = (
-        f"the image encoder {found} is that of {encoder_init} (MAE): patches, {len(mae)} tensors, "
-        "positions interpolated; relative positions are zero and the neck is fresh"
+        f"the image encoder {found} is that of {encoder_init} (MAE): {len(encoder)} tensors, with "
+        "positions interpolated to 64x64; relative positions are zero and the neck is fresh"
     )
-    return found, encoder_from_mae(mae, fresh, path), note
+    return found, encoder, note
 
 
-def _fresh_encoder(architecture: str, seed: int) -> dict[str, Tensor]:
-    """An image encoder's initial weights: truncated normal, but convolutions as PyTorch has them."""
+def _fresh_sam(architecture: str, depth: int, rates: dict[str, float], seed: int) -> Sam:
+    """A new SAM whose image encoder begins as ViTs do: truncated normal, but convolutions as PyTorch has them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_sam(architecture).image_encoder
-        for name, module in encoder.named_modules():
+        sam = build_sam(architecture, depth, **rates)
+        for name, module in sam.image_encoder.named_modules():
             if isinstance(module, nn.Linear) or name == "patch_embed.proj":
                 nn.init.trunc_normal_(module.weight, std=_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        positions = getattr(encoder, "pos_embed", None)
-        if positions is not None:
-            nn.init.trunc_normal_(positions, std=_STD)
-    return encoder.state_dict()
+        if isinstance(sam.image_encoder, ImageEncoderViT):
+            nn.init.trunc_normal_(sam.image_encoder.pos_embed, std=_STD)
+    return sam
 
 
 def _deepened(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sa_engine.modeling.sam import VIT_ENCODERS, CheckpointError, is_state_dict
+from sa_engine.modeling.sam import VIT_ENCODERS, CheckpointError, build_sam, is_state_dict
 
 # What only MAE's own decoder, the class token or a classifier needs.
 _UNUSED = re.compile(r"cls_token|mask_token|(decoder_|norm\.|fc_norm\.|head\.).*")
@@ -43,24 +43,26 @@ def mae_architecture(state: Mapping[str, Tensor], path: Path) -> str:
 
 
 def encoder_from_mae(
-    state: Mapping[str, Tensor], encoder: Mapping[str, Tensor], path: Path
+    state: Mapping[str, Tensor], architecture: str, path: Path
 ) -> dict[str, Tensor]:
-    """Weights of a SAM image encoder from an MAE's.
+    """Weights of a SAM image encoder from an MAE's: all but the relative positions and the neck, which MAE has not.
 
-    Positions are interpolated to SAM's 64x64 patches, 14x14 patches are enlarged to 16x16. Relative positions and
-    the neck, which MAE has not, stay as they are: with relative positions of zero, a block computes what MAE's does.
+    Positions are interpolated to SAM's 64x64 patches, 14x14 patches are enlarged to 16x16. With relative positions of
+    zero, as they are in a new encoder, a block computes what MAE's does.
 
     Args:
         state: of the MAE, see `mae_state`.
-        encoder: of a new encoder of the same architecture.
+        architecture: of it, see `mae_architecture`.
         path: of the checkpoint, for messages.
 
     Raises:
         CheckpointError: tensors that are missing, unknown or of another shape.
     """
+    with torch.device("meta"):  # names and shapes alone
+        encoder = build_sam(architecture).image_encoder.state_dict()
     found = {_renamed(key): value for key, value in state.items() if not _UNUSED.fullmatch(key)}
-    fresh = {key for key in encoder if "rel_pos" in key or key.startswith("neck.")}
-    if unlike := sorted(found.keys() ^ (encoder.keys() - fresh)):
+    wanted = {key for key in encoder if "rel_pos" not in key and not key.startswith("neck.")}
+    if unlike := sorted(found.keys() ^ wanted):
         word = "has no" if unlike[0] in encoder else "has an unknown"
         raise CheckpointError(
             f"{path} {word} {unlike[0]} ({len(unlike)} such tensors); expected an MAE checkpoint as "
@@ -74,7 +76,7 @@ def encoder_from_mae(
             raise CheckpointError(
                 f"{path}: {key} is {tuple(value.shape)}, expected {tuple(encoder[key].shape)}"
             )
-    return {**{key: encoder[key] for key in fresh}, **found}
+    return found
 
 
 def _renamed(key: str) -> str:
