@@ -121,6 +121,12 @@ def crowded() -> tuple[list[ImageRecord], list[ImageRecord]]:
         truth.append(image(number, masks))
         found.append(image(number, near))
     assert max(len(one.masks) for one in found) == 1300
+    # A proposal that overlaps both halves by 0.5 finds the last, which leaves the next nothing.
+    halves = np.zeros((2, 200, 240), bool)
+    halves[0, 40:100, 40:100] = halves[1, 40:100, 100:160] = True
+    truth.append(image(5, [mask_record(mask_id(5, i), half) for i, half in enumerate(halves)]))
+    whole = scored(mask_id(5, 0), halves.any(axis=0), 0.9, 0.9)
+    found.append(image(5, [whole, scored(mask_id(5, 1), halves[1], 0.8, 0.9)]))
     return truth, found
 
 
@@ -153,6 +159,8 @@ def test_the_best_match_wins_and_is_used_once() -> None:
     assert found[5].tolist() == [1, 0, NOT_FOUND]  # .75
     assert found[7].tolist() == [1, NOT_FOUND, NOT_FOUND]  # .85: 0.9 is less than 0.95
     assert found[9].tolist() == [1, NOT_FOUND, NOT_FOUND]  # .95 is enough
+    # Of two that are overlapped alike the last is found, as by COCO, though the next then finds none.
+    assert first_found(np.array([[0.6, 0.6], [0.0, 0.7]]))[0].tolist() == [NOT_FOUND, 0]
     assert first_found(np.zeros((0, 2))).tolist() == [[NOT_FOUND] * 2] * 10
     assert first_found(np.zeros((3, 0))).shape == (10, 0)
 
