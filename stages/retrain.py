@@ -6,8 +6,7 @@ paper; focal and dice loss of the best of three masks, and the error of the pred
 """
 
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +44,8 @@ from sa_engine.storage import (
 from sa_engine.training import gate
 from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import TrainingData
+from sa_engine.training.loop import masks_per_decode, set_trainable
+from sa_engine.training.memory import MemoryEstimate, estimate, free_memory
 from sa_engine.training.parallel import run_workers
 from sa_engine.training.plots import plot_curves
 from sa_engine.training.state import TrainingState, load_state, state_path
@@ -67,6 +68,8 @@ class Plan:
         fingerprint: of the weights that it starts from.
         gate: data sets that it is judged on.
         parameters: trained, and all.
+        memory: of a worker.
+        shortage: what to do if that is too much; None if it is not.
         done: iterations that are done already.
     """
 
@@ -77,7 +80,9 @@ class Plan:
     fingerprint: str
     gate: tuple[DataSet, ...]
     parameters: tuple[int, int]
-    done: int
+    memory: MemoryEstimate
+    shortage: str | None
+    done: int = 0
 
     def __str__(self) -> str:
         """One line for each thing that a person wants to check before the start."""
@@ -98,6 +103,9 @@ class Plan:
             f"{config.iterations} iterations of {config.batch_size} images, {epochs:.1f} epochs"
             + f"; {self.done} done" * (self.done > 0)
         )
+        lines.append(str(self.memory))
+        if self.shortage is not None:
+            lines.append(f"warning: {self.shortage}")
         lines += [f"gate: {one.name}, {len(one.image_ids)} images" for one in self.gate]
         return "\n".join([*lines, f"output: {self.paths.out}"])
 
@@ -151,7 +159,7 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
     Raises:
         SaEngineError: no such data, model, device or folder, or another round in it.
     """
-    select_device(config.device)
+    device = select_device(config.device)
     paths = round_paths(config)
     strangers = sorted(name for name in list_names(paths.out) if name not in _OURS)
     if strangers:
@@ -169,6 +177,18 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
     if config.validation and not data.validation_sets():
         raise ConfigError("validation leaves no image to measure on: there is only one photo")
     sam, parent = first_model(config)
+    set_trainable(sam, config)
+    memory = estimate(
+        sam,
+        images=-(-config.batch_size // config.num_workers),
+        masks_per_image=config.max_masks,
+        masks_per_decode=masks_per_decode(config, device),
+        loss_size=config.loss_size,
+        checkpointing=config.gradient_checkpointing,
+        bf16=config.precision == "bf16",
+    )
+    sizes = [(p.requires_grad, p.numel()) for p in sam.parameters()]
+    here = config.num_workers if device.type == "cpu" else 1
     found = Plan(
         config,
         paths,
@@ -176,14 +196,15 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
         parent,
         model_fingerprint(sam),
         _gate_sets(config),
-        _parameters(sam, config),
-        0,
+        (sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)),
+        memory,
+        memory.shortage(free_memory(device), here),
     )
     if overwrite or not paths.info.exists():
         return found
     check_same(paths, read_info(paths).identity, _identity(found))
     state = load_state(paths)
-    return found if state is None else Plan(**{**vars(found), "done": state.iteration})
+    return found if state is None else replace(found, done=state.iteration)
 
 
 def run(planned: Plan, overwrite: bool = False, steal_lock: bool = False) -> RoundReport:
@@ -203,10 +224,7 @@ def run(planned: Plan, overwrite: bool = False, steal_lock: bool = False) -> Rou
         if not paths.info.exists():
             _start(planned)
         job = Job(config, paths, planned.data, planned.fingerprint)
-        threads = config.threads_per_worker or max(1, cores() // config.num_workers)
-        signum = run_workers(
-            work, job, num_workers=config.num_workers, threads=threads, device=config.device
-        )
+        signum = _train(config, job)
         state = load_state(paths)
         assert state is not None, "workers save their state before they end"
         if signum:
@@ -221,6 +239,29 @@ def run(planned: Plan, overwrite: bool = False, steal_lock: bool = False) -> Rou
             sweep(leftover)
         state_path(paths).unlink(missing_ok=True)
     return RoundReport(paths, info)
+
+
+def _train(config: RetrainConfig, job: Job) -> int:
+    """Run the workers, here or on Ray; gives the number of the signal that ended them, 0 if none did."""
+    if config.ray or config.ray_address:
+        from sa_engine.training.ray_train import run_on_ray
+
+        return run_on_ray(
+            work,
+            job,
+            num_workers=config.num_workers,
+            threads=config.threads_per_worker,
+            device=config.device,
+            gpus_per_worker=config.gpus_per_worker,
+            ray_address=config.ray_address,
+        )
+    return run_workers(
+        work,
+        job,
+        num_workers=config.num_workers,
+        threads=config.threads_per_worker or max(1, cores() // config.num_workers),
+        device=config.device,
+    )
 
 
 def _identity(planned: Plan) -> dict[str, object]:
@@ -253,16 +294,8 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
     """Choose the weights, judge them, and write the round."""
     config, paths = planned.config, planned.paths
     sam, parent = first_model(config)
-    weights = state.model if config.keep == "last" or state.best is None else state.best[1]
-    if config.init_share:
-        initial = sam.state_dict()
-        weights = {
-            name: torch.lerp(value, initial[name], config.init_share)
-            if value.is_floating_point()
-            else value
-            for name, value in weights.items()
-        }
-    sam.load_state_dict(weights)
+    kept = state.best if config.keep == "best" else None
+    sam.load_state_dict(state.model if kept is None else kept[1])
     info = RoundInfo(
         **model_facts(sam),
         parent=parent,
@@ -340,14 +373,6 @@ def _trained_on(data: TrainingData) -> tuple[TrainedOn, ...]:
         )
         for one in data.runs
     )
-
-
-def _parameters(sam: Sam, config: RetrainConfig) -> tuple[int, int]:
-    from sa_engine.training.loop import set_trainable
-
-    set_trainable(sam, config)
-    sizes: Sequence[tuple[bool, int]] = [(p.requires_grad, p.numel()) for p in sam.parameters()]
-    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
 
 
 def _clear(paths: RunPaths) -> None:

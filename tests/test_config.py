@@ -21,6 +21,7 @@ from sa_engine.config import (
     to_dict,
     to_yaml,
 )
+from sa_engine.training.config import RetrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PATHS = {"images": "photos", "out": "shards"}
@@ -217,3 +218,50 @@ def test_fingerprint_follows_identity() -> None:
     assert base == fingerprint(load("pred_iou_thresh=0.880", "formats=parquet,tar"))
     changed = ["pred_iou_thresh=0.881", "rules=reference", "formats=tar", "short_side=null"]
     assert len({base, *(fingerprint(load(text)) for text in changed)}) == 5
+
+
+RETRAIN_PATHS = {"data": ("shards",), "out": "rounds/01"}
+
+
+def test_the_papers_training_is_the_default() -> None:
+    listed_here = listed("retrain/vit_h.yaml")
+    defaults = to_dict(RetrainConfig(**RETRAIN_PATHS))
+    assert listed_here == {k: v for k, v in defaults.items() if k not in RETRAIN_PATHS}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "retrain").glob("*.yaml")))
+def test_other_trainings_list_what_they_change(name: str) -> None:
+    changed = listed(f"retrain/{name}.yaml")
+    config = load_config(RetrainConfig, CONFIGS / "retrain" / f"{name}.yaml", (), RETRAIN_PATHS)
+    assert to_dict(config) == {**to_dict(RetrainConfig(**RETRAIN_PATHS)), **changed}
+    assert name != "vit_b" or (config.iterations, config.layer_decay) == (180_000, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("sets", "reason"),
+    [
+        (["jitter=0.1"], "jitter = \\[0.1\\]: expected least and largest scale"),
+        (["jitter=2,0.1"], "expected least and largest"),
+        (["jitter=a,b"], "expected a list of numbers"),
+        (["decay_at=10.5"], "expected a list of whole numbers"),
+        (["oversample=manuel=10"], "expected source=times with a source of manual, assisted"),
+        (["oversample=manual=0.5"], "a whole number"),
+        (["loss_size=300"], "loss_size = 300: expected one of"),
+        (["keep=best"], "keep = best needs validation images"),
+        (["train_encoder=false", "jitter=0.1,2"], "jitter changes every image"),
+        (["architecture=vit_x"], "expected one of vit_t"),
+        (["device=tpu"], "expected auto, cpu, cuda or mps"),
+        (["box_odds=50"], "a fraction"),
+    ],
+)
+def test_training_options_that_make_no_sense_are_refused(sets: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(RetrainConfig, None, sets, RETRAIN_PATHS)
+
+
+def test_lists_of_numbers_are_read_from_the_command_line() -> None:
+    sets = ["jitter=0.1,2", "decay_at=[10, 20]", "oversample=manual=10,assisted=3"]
+    config = load_config(RetrainConfig, None, sets, RETRAIN_PATHS)
+    assert config.jitter == (0.1, 2.0) and config.decay_at == (10, 20)
+    assert config.source_weights() == {"manual": 10, "assisted": 3}
+    assert load_config(RetrainConfig, None, (), to_dict(config)) == config

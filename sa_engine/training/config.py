@@ -34,12 +34,6 @@ class ModelOptions(Config):
     embeddings: str | None = option(
         None, help="Folder that keeps embeddings for other rounds; default: gone when one is done."
     )
-    init_share: float = option(
-        0.0,
-        bounds=(0, 1),
-        identity=True,
-        help="Share of init's weights in the final ones (weight averaging); 0 in the paper.",
-    )
 
     def __post_init__(self) -> None:
         """Also check the architecture's name."""

@@ -39,6 +39,12 @@ _LOADED_AHEAD = 2
 BLOCKS = (Block, MBConv, PatchMerging, TinyViTBlock)  # recomputed whole by gradient checkpointing
 
 
+def masks_per_decode(config: RetrainConfig, device: torch.device) -> int:
+    """Masks decoded at once: small batches stay in a CPU's cache."""
+    by_device = _MASKS_PER_DECODE.get(device.type, _DEFAULT_MASKS_PER_DECODE)
+    return min(config.masks_per_decode or by_device, config.max_masks)
+
+
 def simulation_of(config: RetrainConfig, device: torch.device) -> Simulation:
     """The interactive simulation that a config asks for."""
     return Simulation(
@@ -60,8 +66,7 @@ def simulation_of(config: RetrainConfig, device: torch.device) -> Simulation:
         ),
         reduce_steps=config.reduce_steps,
         loss_size=config.loss_size,
-        masks_per_decode=config.masks_per_decode
-        or _MASKS_PER_DECODE.get(device.type, _DEFAULT_MASKS_PER_DECODE),
+        masks_per_decode=masks_per_decode(config, device),
         bf16=config.precision == "bf16",
     )
 
