@@ -1,0 +1,208 @@
+"""`sa-engine retrain` as a user runs it: real weights, real photos, masks drawn with SAM's help."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import load_file
+from test_training_data import make_run
+from test_training_loop import draw
+
+from sa_engine.cli import main
+from sa_engine.lineage import lineage
+from sa_engine.modeling.sam import load_sam, model_fingerprint
+from sa_engine.modeling.weights import resolve
+from sa_engine.rounds import read_round
+
+CONFIG = """\
+iterations: 3
+batch_size: 1
+max_masks: 1
+train_encoder: false
+corrections: 0
+mask_only_steps: 1
+warmup: 1
+lr: 0.0001
+log_every: 1
+save_every: 1
+validation: 0.3
+validation_images: 1
+validate_every: 3
+gate_images: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, photos: list[np.ndarray]) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number, photo in enumerate(photos):
+        Image.fromarray(photo).reduce(2).save(folder / f"{number}.png")
+    return make_run(folder, tmp_path_factory.mktemp("runs") / "shards", draw)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("retrain")
+    (folder / "retrain.yaml").write_text(CONFIG)
+    return folder
+
+
+def arguments(shards: Path, folder: Path, *more: str) -> list[str]:
+    kept = f"embeddings={folder / 'embeddings'}"
+    return ["retrain", "--config", str(folder / "retrain.yaml"), "--data", str(shards),
+            "--set", kept, "--threads-per-worker", "1", *more]  # fmt: skip
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(main, list(args), catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def done(shards: Path, folder: Path) -> tuple[Path, Result]:
+    """A round and what its training said."""
+    out = folder / "rounds" / "01"
+    return out, invoke(*arguments(shards, folder, "--out", str(out)))
+
+
+def test_a_round_is_a_checkpoint_that_knows_where_it_comes_from(
+    done: tuple[Path, Result], shards: Path
+) -> None:
+    out, result = done
+    assert result.exit_code == 0, result.output
+    assert "3 iterations of 1 images" in result.stderr and "GB of memory" in result.stderr
+    info = read_round(out)
+    sam, parent = load_sam(resolve(str(out))), load_sam(resolve("vit_t"))
+    assert info.fingerprint == model_fingerprint(sam) != model_fingerprint(parent)
+    assert info.parent.fingerprint == model_fingerprint(parent)
+    assert (info.architecture, info.iterations, info.data[0].run) == ("vit_t", 3, str(shards))
+    assert info.metrics["before"]["miou_1pt"] > 0 and info.metrics["kept_iteration"] == 3
+    moved = {name.split(".")[0] for name, value in sam.state_dict().items()
+             if not torch.equal(value, parent.state_dict()[name])}  # fmt: skip
+    assert moved == {"prompt_encoder", "mask_decoder"}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "total" in line] == [1, 2, 3]
+    assert Image.open(out / "curves.png").size[0] > 1000
+    assert sorted(path.name for path in (out / "_run").iterdir()) == ["run.json"]
+
+
+def test_a_finished_round_is_left_alone(
+    done: tuple[Path, Result], shards: Path, folder: Path
+) -> None:
+    out, _ = done
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    again = invoke(*arguments(shards, folder, "--out", str(out)))
+    assert again.exit_code == 0 and "3 iterations" in again.output
+    other = invoke(*arguments(shards, folder, "--out", str(out), "--lr", "0.5"))
+    assert other.exit_code == 2 and "lr was 0.0001 and is now 0.5" in other.output
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_next_round_has_the_first_as_its_parent(
+    done: tuple[Path, Result], shards: Path, folder: Path
+) -> None:
+    first, _ = done
+    out = folder / "rounds" / "02"
+    result = invoke(*arguments(shards, folder, "--init", str(first), "--out", str(out), "--iterations", "1",
+                               "--set", "validation=0"))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [(one.name, one.parent) for one in lineage(folder / "rounds").rounds] == [
+        ("01", None),
+        ("02", "01"),
+    ]
+    table = invoke("rounds", str(folder / "rounds"))
+    assert table.exit_code == 0 and "vit_t" in table.output and table.output.count("\n") >= 3
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--gate", "{shards}"], "is trained on: name another run, or hold images out"),
+        (["--init", "nowhere"], "nowhere"),
+        (["--data", "{folder}"], "is not the output of a run"),
+        (["--set", "validation_images=0"], "expected a whole number of at least 1"),
+        (["--device", "cuda"], "device cuda is not available"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+    shards: Path, folder: Path, tmp_path: Path, more: list[str], reason: str
+) -> None:
+    more = [text.format(shards=shards, folder=folder) for text in more]
+    result = invoke(*arguments(shards, folder, "--out", str(tmp_path / "new"), *more))
+    assert result.exit_code == 2 and reason in result.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_with_other_things_is_refused(shards: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("irreplaceable")
+    for overwrite in ([], ["--overwrite"]):
+        result = invoke(*arguments(shards, folder, "--out", str(tmp_path), *overwrite))
+        assert result.exit_code == 2 and "thesis.tex" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_dry_run_writes_nothing(shards: Path, folder: Path, tmp_path: Path) -> None:
+    result = invoke(*arguments(shards, folder, "--out", str(tmp_path / "new"), "--dry-run"))
+    assert result.exit_code == 0 and "trained: 4.1 of 10.1 million" in result.stdout
+    assert "train_encoder: false" in result.stdout and not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_and_resumed_it_ends_with_the_same_weights(
+    shards: Path, folder: Path, tmp_path: Path
+) -> None:
+    """By SIGTERM, which saves, and by SIGKILL, which loses what came after the last save."""
+    more = ["--iterations", "8", "--set", "validate_every=4", "--set", "dropout=0.1"]
+    whole = invoke(*arguments(shards, folder, "--out", str(tmp_path / "whole"), *more))
+    assert whole.exit_code == 0, whole.output
+    out, rng, ended = tmp_path / "killed", np.random.default_rng(), []
+    command = [sys.executable, "-c", "from sa_engine.cli import main; main()",
+               *arguments(shards, folder, "--out", str(out), *more)]  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        lines = _lines(out)
+        while process.poll() is None and _lines(out) == lines:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.5))
+        process.send_signal(number)
+        told = process.communicate()[1]
+        ended.append(process.returncode)
+        if number == signal.SIGTERM and process.returncode:
+            assert process.returncode == 143 and "go on with:" in told
+    assert subprocess.run(command).returncode == 0
+    assert any(ended), "it was never stopped before its end"
+    assert (
+        load_file(out / "model.safetensors").keys()
+        == load_file(tmp_path / "whole" / "model.safetensors").keys()
+    )
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    for name, value in load_file(out / "model.safetensors").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def _lines(out: Path) -> int:
+    metrics = out / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+@pytest.mark.slow
+def test_two_workers_on_ray_train_a_round(
+    shards: Path, folder: Path, tmp_path: Path, ray_address: str
+) -> None:
+    options: Any = ["--set", "batch_size=2", "--set", "validation=0", "--iterations", "1"]
+    alone = invoke(*arguments(shards, folder, "--out", str(tmp_path / "alone"), *options))
+    assert alone.exit_code == 0, alone.output
+    ray = invoke(*arguments(shards, folder, "--out", str(tmp_path / "ray"), *options, "--ray-address", ray_address,
+                            "--num-workers", "2"))  # fmt: skip
+    assert ray.exit_code == 0, ray.output
+    expected = load_file(tmp_path / "alone" / "model.safetensors")
+    for name, value in load_file(tmp_path / "ray" / "model.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
