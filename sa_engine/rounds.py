@@ -280,8 +280,18 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     return _expect(get_origin(kind) or kind, value, where)
 
 
+_WORDS: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
 def _expect(kind: type, value: Any, where: str) -> Any:
     if type(value) is not kind:
         found = json.dumps(value)[:40]
-        raise ValueError(f"{where or 'the whole'} is {found}: expected a {kind.__name__}")
+        raise ValueError(f"{where or 'the whole'} is {found}: expected {_WORDS[kind]}")
     return value

@@ -98,7 +98,7 @@ def test_training_lowers_the_losses(run: Path) -> None:
     assert len(losses) == 4 and losses[-1] < 0.8 * losses[0]
     assert [line["iteration"] for line in lines] == [4, 8, 12, 16]
     assert lines[-1]["masks"] == 16 * 4 * 3
-    parts = {"encoder", "decoder", "losses", "backward", "optimizer"}
+    parts = {"data", "encoder", "decoder", "losses", "backward", "optimizer"}
     assert lines[0]["ms_per_mask"].keys() == parts
 
 

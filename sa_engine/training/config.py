@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sa_engine.options import Config, ConfigError, option
-from sa_engine.records import SOURCES
 
 ARCHITECTURES = ("vit_t", "vit_b", "vit_l", "vit_h")
 LOSS_SIZES = (256, 512, 1024)
@@ -162,6 +161,8 @@ class DataOptions(Config):
 
     def source_weights(self) -> dict[str, float]:
         """How often an epoch has an image, by the source of its masks. Raises ConfigError."""
+        from sa_engine.records import SOURCES  # needs pyarrow, and `--help` does not
+
         weights = {}
         for item in self.oversample:
             source, _, times = item.partition("=")

@@ -24,7 +24,7 @@ from sa_engine.modeling.tiny_vit import MBConv, PatchMerging, TinyViTBlock
 from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import Sample, TrainingData
 from sa_engine.training.embeddings import EmbeddingCache
-from sa_engine.training.group import Group
+from sa_engine.training.group import CPU, Group
 from sa_engine.training.losses import LossRules
 from sa_engine.training.optimizer import make_optimizer, rate, set_rate
 from sa_engine.training.prompts import PromptRules
@@ -134,7 +134,10 @@ class Trainer:
         if not state.validations:
             self._validate(note)
         tally, started = Tally(), time.monotonic()
-        for samples in self._samples(state.iteration):
+        coming = self._samples(state.iteration)
+        while state.iteration < config.iterations:
+            with tally.timed("data", CPU):
+                samples = next(coming)
             lr = self._step(state.iteration, samples, tally)
             state.iteration += 1
             last = state.iteration == config.iterations
