@@ -48,8 +48,8 @@ for command in (
     runs.split,
     runs.export,
     models.evaluate,
-    models.list_rounds,
     models.recall,
+    models.list_rounds,
     models.weights,
 ):
     main.add_command(command)
