@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,7 @@ def measure(run: Path, embeddings: Path, **options: Any) -> tuple[float, dict[st
         ends.append(time.perf_counter())
 
     trainer.run(lambda state: None, note)
-    masks = [
-        after["masks"] - before["masks"] for before, after in zip(lines, lines[1:], strict=False)
-    ]
+    masks = [after["masks"] - before["masks"] for before, after in pairwise(lines)]
     parts = {
         part: sum(
             line["ms_per_mask"][part] * count for line, count in zip(lines[1:], masks, strict=True)

@@ -171,6 +171,7 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
         [location(one) for one in config.data],
         max_mask_coverage=config.max_mask_coverage,
         oversample=config.source_weights(),
+        repeat=config.repeat,
         validation=config.validation,
         seed=config.seed,
     )

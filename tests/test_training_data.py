@@ -212,6 +212,20 @@ def test_masks_are_sampled_by_the_steps_generator(many: Path, tmp_path: Path) ->
     assert max(seen.values()) < 2.5 * min(seen.values())
 
 
+def test_a_runs_images_are_repeated(many: Path, tmp_path: Path) -> None:
+    first = make_run(many, tmp_path / "first", quarter)
+    second = make_run(many, tmp_path / "second", quarter)
+    data = TrainingData.open([first, second], repeat=(3, 1), oversample={"automatic": 2})
+    assert data.slots == 24 * (3 + 1) * 2
+    seen = Counter(index for _, index in data.batch(0, data.slots))
+    rng = np.random.default_rng(0)
+    for index, times in seen.items():
+        sample = data.load(index, rng, image_size=32)
+        assert sample is not None and times == (6, 2)[sample.run]
+    with pytest.raises(TrainingDataError, match="repeat has 1 numbers: expected one for each of 2"):
+        TrainingData.open([first, second], repeat=(3,))
+
+
 def test_images_are_oversampled_by_the_sources_of_their_masks(many: Path, tmp_path: Path) -> None:
     sources: dict[str, tuple[str | None, ...]] = {
         "000": ("manual",),

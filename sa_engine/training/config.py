@@ -146,6 +146,9 @@ class DataOptions(Config):
     oversample: tuple[str, ...] = option(
         (), identity=True, help="source=times, as manual=10; in the paper where stages are mixed."
     )
+    repeat: tuple[int, ...] = option(
+        (), identity=True, help="Times that an epoch has the images of each run, as 3,1,1."
+    )
     validation: float = option(
         0.0, bounds=(0, 0.9), identity=True, help="Share of the images kept back to measure on."
     )
@@ -157,6 +160,8 @@ class DataOptions(Config):
             raise ConfigError(
                 f"jitter = {list(self.jitter)}: expected least and largest scale, as 0.1, 2"
             )
+        if any(times < 1 for times in self.repeat):
+            raise ConfigError(f"repeat = {list(self.repeat)}: expected numbers from 1 on")
         self.source_weights()
 
     def source_weights(self) -> dict[str, float]:

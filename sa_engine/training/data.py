@@ -76,6 +76,7 @@ class TrainingData:
         *,
         max_mask_coverage: float = 0.9,
         oversample: Mapping[str, float] | None = None,
+        repeat: Sequence[int] = (),
         validation: float = 0.0,
         seed: int = 0,
         progress: Callable[[int], object] | None = None,
@@ -90,6 +91,7 @@ class TrainingData:
             max_mask_coverage: masks that cover more of their image are dropped (paper §A: 90 %).
             oversample: by source of masks, how often an image that has such a mask is seen in an epoch: whole numbers
                 from 1 on (paper §7.6: 10 for manual and semi-automatic). The largest counts; sources not named: 1.
+            repeat: by which that is multiplied, for each of the runs; nothing: 1.
             validation: share of the images kept from training, chosen by the hashes of their photos: adding images
                 moves none of the others, and copies of a photo stay together. If it is above 0 and there are two
                 different photos, neither side is empty: where the hashes would leave it so, one photo changes sides.
@@ -103,6 +105,10 @@ class TrainingData:
         weights = _weights(oversample or {})
         places = [str(run) for run in runs]
         _check(places, max_mask_coverage, validation)
+        if repeat and len(repeat) != len(places):
+            raise TrainingDataError(
+                f"repeat has {len(repeat)} numbers: expected one for each of {len(places)} --data"
+            )
         finished = [FinishedRun(run) for run in runs]
         scan = scan_runs(runs, max_mask_coverage, weights, f"validation:{seed}", progress)
         usable = ~scan.held_out & (scan.masks > 0)
@@ -117,6 +123,8 @@ class TrainingData:
         trained = scan[usable & ~aside]
         if not len(trained):
             raise TrainingDataError(_nothing_left(summaries))
+        if repeat:
+            trained.weight[:] *= np.array(repeat, np.int32)[trained.run]
         return cls(finished, summaries, trained, sets, max_mask_coverage, seed)
 
     def __len__(self) -> int:
