@@ -27,6 +27,7 @@ from sa_engine.training.data import TrainingData
 from sa_engine.training.embeddings import EmbeddingCache, encoder_fingerprint
 from sa_engine.training.group import Group
 from sa_engine.training.loop import Trainer
+from sa_engine.training.tally import Tally
 
 CASES: dict[str, dict[str, Any]] = {
     "finetune": {"train_encoder": False, "corrections": 1, "mask_only_steps": 0},
@@ -84,7 +85,7 @@ def measure(run: Path, embeddings: Path, **options: Any) -> tuple[float, dict[st
     trainer = Trainer(config, Group(), sam, data, cache)
     if cache is not None:  # the first epoch's work is not what is asked for
         for iteration in range(1 + STEPS):
-            trainer._step(0, next(trainer._samples(iteration)), simulate.Tally())
+            trainer._step(0, next(trainer._samples(iteration)), Tally())
     lines: list[dict[str, Any]] = []
     ends: list[float] = []
 

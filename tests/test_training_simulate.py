@@ -12,7 +12,8 @@ from training import SIDE, SIMULATION, discs, small_sam
 from sa_engine.modeling.prompt_encoder import BACKGROUND, FOREGROUND
 from sa_engine.modeling.sam import Sam
 from sa_engine.training.prompts import PromptRules, Prompts
-from sa_engine.training.simulate import Simulation, Tally, carry_on, enlarge, shrink
+from sa_engine.training.simulate import Simulation, carry_on, enlarge, shrink
+from sa_engine.training.tally import Tally
 
 MASKS = discs((40, 40, 20), (90, 50, 12), (64, 48, 30))
 

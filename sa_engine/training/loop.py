@@ -28,8 +28,9 @@ from sa_engine.training.group import CPU, Group
 from sa_engine.training.losses import LossRules
 from sa_engine.training.optimizer import make_optimizer, rate, set_rate
 from sa_engine.training.prompts import PromptRules
-from sa_engine.training.simulate import Simulation, Tally
+from sa_engine.training.simulate import Simulation
 from sa_engine.training.state import TrainingState
+from sa_engine.training.tally import PARTS, SUMS, Tally
 from sa_engine.training.validation import MEAN, Validation
 
 _MASKS_PER_DECODE = {"cpu": 4}
@@ -249,20 +250,19 @@ class Trainer:
 
     def _metrics(self, tally: Tally, lr: float) -> dict[str, Any]:
         """What the last iterations cost, over all workers: means over masks, and milliseconds per mask by part."""
-        names, parts = sorted(tally.sums), sorted(tally.seconds)
-        values = [tally.sums[name] for name in names] + [tally.seconds[part] for part in parts]
-        masks, *summed = self.group.sum([tally.masks, *values])
-        sums = dict(zip(names, summed, strict=False))
-        seconds = dict(zip(parts, summed[len(names) :], strict=True))
-        boxes = sums.pop("boxes", 0.0)
+        sums = [float(tally.sums[name]) for name in SUMS]
+        masks, *summed = self.group.sum([tally.masks, *sums, *(tally.seconds[p] for p in PARTS)])
+        found = dict(zip(SUMS, summed, strict=False))
+        boxes = found.pop("boxes")
         counts = {"box_miou": boxes, "point_miou": masks - boxes}
+        seconds = zip(PARTS, summed[len(SUMS) :], strict=True)
         return {
             "iteration": self.state.iteration,
             "lr": lr,
             "masks": self.state.masks,
             "seconds": round(self.state.seconds, 2),
-            **{name: value / max(counts.get(name, masks), 1) for name, value in sums.items()},
-            "ms_per_mask": {k: round(1000 * v / max(masks, 1), 2) for k, v in seconds.items()},
+            **{name: value / max(counts.get(name, masks), 1) for name, value in found.items()},
+            "ms_per_mask": {part: round(1000 * s / max(masks, 1), 2) for part, s in seconds},
         }
 
     def _validate(self, note: Callable[[dict[str, Any]], None]) -> None:

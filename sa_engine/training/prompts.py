@@ -87,9 +87,14 @@ class Prompts:
         self.labels[row].append(label)
 
     @property
+    def boxed(self) -> np.ndarray:
+        """Which objects have a box: (B,) bool."""
+        return np.array([box is not None for box in self.boxes])
+
+    @property
     def multimask(self) -> np.ndarray:
         """Which of the B first prompts are answered with three masks: (B,) bool."""
-        return np.array([self.rules.box_multimask or box is None for box in self.boxes])
+        return ~self.boxed | self.rules.box_multimask
 
     def encoded(self) -> tuple[np.ndarray, np.ndarray]:
         """All prompts as the prompt encoder's points.

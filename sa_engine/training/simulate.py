@@ -4,10 +4,6 @@ Each step has its own backward pass, into an embedding that is a leaf: of all st
 memory at a time, and the image encoder is passed once, backwards, after all of them.
 """
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,30 +14,9 @@ from torch import Tensor
 from sa_engine.modeling.mask_decoder import MULTIMASK_OUTPUTS
 from sa_engine.modeling.sam import Sam
 from sa_engine.modeling.trainable import attend, predict_masks
-from sa_engine.training.losses import Losses, LossRules, prompt_losses
+from sa_engine.training.losses import LossRules, prompt_losses
 from sa_engine.training.prompts import PromptRules, Prompts, mask_only_places
-
-
-@dataclass
-class Tally:
-    """Sums over the masks of a step, to be divided by their number; and seconds by what took them."""
-
-    masks: int = 0
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def add(self, name: str, values: Tensor) -> None:
-        """Add (B,) values to a sum."""
-        self.sums[name] += float(values.sum())
-
-    @contextmanager
-    def timed(self, name: str, device: torch.device) -> Iterator[None]:
-        """Add the time of what is inside."""
-        started = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.seconds[name] += time.perf_counter() - started
+from sa_engine.training.tally import Tally
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +92,9 @@ class Simulation:
             with tally.timed("backward", embedding.device):
                 loss.backward()
             previous, chosen = carry_on(logits, iou, outputs)
-            _note(tally, number, self.prompts.steps, losses, chosen, iou, prompts)
+            tally.note(
+                losses, chosen, iou, torch.from_numpy(prompts.boxed), (number, self.prompts.steps)
+            )
             outputs = ~single
         tally.masks += len(masks)
 
@@ -173,30 +150,3 @@ def enlarge(logits: Tensor, side: int, size: tuple[int, ...]) -> Tensor:
     if logits.shape[-1] != side:
         logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
     return logits[..., : size[0], : size[1]]
-
-
-def _note(
-    tally: Tally,
-    number: int,
-    steps: int,
-    losses: Losses,
-    chosen: Tensor,
-    iou: Tensor,
-    prompts: Prompts,
-) -> None:
-    """Add what a step cost and how good its masks were."""
-    with torch.no_grad():
-        rows = torch.arange(len(chosen))
-        reached = losses.true_iou[rows, chosen]
-        for name in ("total", "focal", "dice", "iou"):
-            tally.sums[name] += float(getattr(losses, name).sum()) / steps
-        tally.sums["iou_error"] += float((iou[rows, chosen] - reached).abs().sum()) / steps
-        if number == 0:
-            boxes = torch.tensor([box is not None for box in prompts.boxes])
-            tally.add("box_miou", reached.cpu()[boxes])
-            tally.add("point_miou", reached.cpu()[~boxes])
-            tally.add("boxes", boxes)
-            for output in range(losses.true_iou.shape[1]):
-                tally.add(f"best_{output}", losses.best == output)
-        if number == steps - 1:
-            tally.add("last_miou", reached)
