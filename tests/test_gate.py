@@ -43,7 +43,7 @@ class Remembering(nn.Module):
 
 @pytest.fixture(scope="module")
 def encoder() -> Remembering:
-    return Remembering(load_sam(resolve("vit_t")).image_encoder)
+    return Remembering(load_sam(resolve("vit_t")).image_encoder).eval()
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, photo_files: list[Path]) -> l
     """Two photos of three masks each: what the model finds in them, so that it is good at it."""
     folder = tmp_path_factory.mktemp("gate")
     (folder / "photos").mkdir()
-    config = MaskConfig(points_per_side=6, crop_n_layers=0)
+    config = MaskConfig(points_per_side=4, crop_n_layers=0)
     generator = MaskGenerator(Predictor(load_sam(resolve("vit_t"))), config)
     images, annotations = [], []
     for number, name in enumerate(PHOTOS):
@@ -87,7 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, photo_files: list[Path]) -> l
 
 
 def figures(sam: Sam, runs: list[DataSet]) -> GateFigures:
-    return measure(sam, runs, images=1, images_automatic=1, points_per_side=6)
+    return measure(sam, runs, images=1, images_automatic=1, points_per_side=4)
 
 
 @pytest.fixture(scope="module")
