@@ -29,11 +29,11 @@ def sam() -> Sam:
 
 
 def test_the_count_is_what_a_real_decode_keeps(sam: Sam) -> None:
-    decode = memory._FirstDecode(sam.mask_decoder)
-    positions = torch.randn(1, 4096, 256)
+    decode = memory._Decode(sam)
+    image = torch.randn(1, 256, 64, 64, requires_grad=True)
     saved = SavedTensors(dict(decode.named_parameters()))
     with saved.watching():
-        decode(positions.clone().requires_grad_(), positions, torch.randn(2, 3, 256))
+        decode(image, torch.randn(2, 12, 256), torch.randn(2, 1, 256, 256))
     assert memory._decoder_activations(sam, 2) == pytest.approx(saved.bytes, rel=1e-3)
 
 

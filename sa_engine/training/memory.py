@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sa_engine.modeling.image_encoder import EMBEDDING_CHANNELS
-from sa_engine.modeling.mask_decoder import MULTIMASK_OUTPUTS, MaskDecoder
+from sa_engine.modeling.mask_decoder import MULTIMASK_OUTPUTS
 from sa_engine.modeling.sam import Sam
 from sa_engine.modeling.trainable import attend, predict_masks
 from sa_engine.resources import this_machine
 from sa_engine.training.loop import BLOCKS
 
-# Measured on a CPU, see `estimate`: Python with its libraries and what is small; what bfloat16 leaves of the
-# activations; float32 maps of logits that the losses keep.
-_PROCESS = 900_000_000
+# Measured on a CPU, see `estimate`: Python with its libraries (0.84 GB) and what a backward pass takes besides; the
+# share that bfloat16 leaves of the activations; float32 maps of logits that the losses keep.
+_PROCESS = 1_150_000_000
 _BF16_ENCODER, _BF16_DECODER = 0.6, 0.77
 _LOSS_MAPS = 10
 _LOADED_STEPS = 3  # the one at work, and two ahead
 _OUTPUTS = MULTIMASK_OUTPUTS + 1
-_PROMPT_TOKENS = 3
+_PROMPT_TOKENS = 12
 _NUMBER = 4  # bytes of a float32
 
 
@@ -118,8 +118,10 @@ def estimate(
 ) -> MemoryEstimate:
     """Estimate what a worker takes; what has `requires_grad` is trained.
 
-    Peaks of fresh processes were MEASURED of the estimate (CPU, 2026-11-25, torch 2.14; all of them are in
-    benchmarks/README.md, by `benchmarks/training_memory.py`). A GPU stays below it, because its attention keeps less.
+    Measured peaks of fresh processes (CPU, 2026-11-25, torch 2.14; `benchmarks/training_memory.py`): vit_t with a
+    frozen encoder took 1.14, 1.64 and 2.85 GB with 1, 4 and 16 masks a decode, 0.85, 1.01 and 1.01 of the estimate.
+    Forward and backward through vit_t's encoder took 2.10 GB, with checkpointing 1.20; `encoder` says 1.81 and 0.82,
+    and the rest is in `process`. vit_b is counted only: 6.60 and 2.32 GB. A GPU's attention keeps less.
 
     Args:
         sam: in training, where it will be trained; nothing runs there.
@@ -153,7 +155,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def _encoder_activations(sam: Sam, checkpointing: bool) -> int:
-    """Bytes; with checkpointing, the inputs of the blocks and the largest of them once."""
+    """Bytes; with checkpointing, the inputs of the blocks, and the largest block with its gradients."""
     encoder = sam.image_encoder
     blocks = [module for module in encoder.modules() if isinstance(module, BLOCKS)]
     recomputing = {
@@ -168,30 +170,34 @@ def _encoder_activations(sam: Sam, checkpointing: bool) -> int:
         block.forward = forward  # type: ignore[method-assign]
     if not checkpointing:
         return saved.bytes
-    return saved.bytes - sum(saved.blocks) + sum(saved.inputs) + max(saved.blocks)
+    return saved.bytes - sum(saved.blocks) + sum(saved.inputs) + 2 * max(saved.blocks)
 
 
 def _decoder_activations(sam: Sam, masks: int) -> int:
-    decode = _FirstDecode(sam.mask_decoder)
+    decode = _Decode(sam)
     state = _on_meta(decode)
     saved = SavedTensors(state)
-    positions = torch.empty(1, (sam.image_size // 16) ** 2, EMBEDDING_CHANNELS, device="meta")
-    image = torch.empty_like(positions).requires_grad_(_is_trained(sam.image_encoder))
+    side = sam.image_size // 16
+    image = torch.empty(1, EMBEDDING_CHANNELS, side, side, device="meta")
+    image.requires_grad_(_is_trained(sam.image_encoder))
     tokens = torch.empty(masks, _PROMPT_TOKENS, EMBEDDING_CHANNELS, device="meta")
+    previous = torch.empty(masks, 1, 4 * side, 4 * side, device="meta")
     with saved.watching():
-        functional_call(decode, state, (image, positions, tokens))
+        functional_call(decode, state, (image, tokens, previous))
     return saved.bytes
 
 
-class _FirstDecode(nn.Module):
-    """The step of the simulation that keeps most: all outputs, whose losses are compared."""
+class _Decode(nn.Module):
+    """What keeps at least as much as any step of the simulation: a mask as prompt, and all outputs."""
 
-    def __init__(self, decoder: MaskDecoder) -> None:
+    def __init__(self, sam: Sam) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.prompts, self.decoder = sam.prompt_encoder, sam.mask_decoder
 
-    def forward(self, image: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        attended = attend(self.decoder, image, positions, tokens)
+    def forward(self, image: Tensor, tokens: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        prompted = (image + self.prompts.mask_downscaling(previous)).flatten(2).transpose(1, 2)
+        positions = torch.zeros_like(prompted[:1])
+        attended = attend(self.decoder, prompted, positions, tokens)
         return predict_masks(self.decoder, attended), self.decoder.predict_iou(attended)
 
 
