@@ -85,7 +85,7 @@ def measure(run: Path, embeddings: Path, **options: Any) -> tuple[float, dict[st
     trainer = Trainer(config, Group(), sam, data, cache)
     if cache is not None:  # the first epoch's work is not what is asked for
         for iteration in range(1 + STEPS):
-            trainer._step(0, next(trainer._samples(iteration)), Tally())
+            trainer._step(0, trainer._loaded(iteration), Tally())
     lines: list[dict[str, Any]] = []
     ends: list[float] = []
 

@@ -18,7 +18,7 @@ from sa_engine.holdout import read_holdout
 from sa_engine.lock import RunLock
 from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_device
 from sa_engine.modeling.weights import resolve
-from sa_engine.progress import Interrupted, this_command
+from sa_engine.progress import Interrupted, StopSignal, this_command
 from sa_engine.resources import cores
 from sa_engine.rounds import (
     INFO,
@@ -181,7 +181,6 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
     set_trainable(sam, config)
     memory = estimate(
         sam,
-        images=-(-config.batch_size // config.num_workers),
         masks_per_image=config.max_masks,
         masks_per_decode=masks_per_decode(config, device),
         loss_size=config.loss_size,
@@ -225,7 +224,12 @@ def run(planned: Plan, overwrite: bool = False, steal_lock: bool = False) -> Rou
         if not paths.info.exists():
             _start(planned)
         job = Job(config, paths, planned.data, planned.fingerprint)
-        signum = _train(config, job)
+        try:
+            signum = _train(config, job)
+        except StopSignal as stop:  # a second one: what was saved last is kept
+            raise Interrupted(
+                f"stopped at once; go on with: {this_command()}", stop.signum
+            ) from None
         state = load_state(paths)
         assert state is not None, "workers save their state before they end"
         if signum:

@@ -14,7 +14,7 @@ from sa_engine.training.loop import set_trainable
 from sa_engine.training.memory import MemoryEstimate, SavedTensors, estimate
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "training_memory.py"
-STEP: dict[str, Any] = {"images": 2, "masks_per_image": 10, "masks_per_decode": 4}
+STEP: dict[str, Any] = {"masks_per_image": 10, "masks_per_decode": 4}
 
 
 def config(**options: Any) -> RetrainConfig:
@@ -43,7 +43,9 @@ def test_a_frozen_encoder_keeps_nothing_and_is_not_optimized(sam: Sam) -> None:
     frozen = estimate(sam, **STEP)
     assert frozen.encoder == 0 < trained.encoder
     decoder = sum(
-        p.nbytes for p in (*sam.mask_decoder.parameters(), *sam.prompt_encoder.parameters())
+        parameter.nbytes
+        for name, parameter in sam.named_parameters()
+        if not name.startswith("image_encoder.") and not name.endswith("k_proj.bias")
     )
     assert (frozen.gradients, frozen.optimizer) == (decoder, 2 * decoder)
     assert trained.gradients > frozen.gradients
@@ -65,8 +67,8 @@ def test_masks_and_sizes_count(sam: Sam) -> None:
     many = estimate(sam, **{**STEP, "masks_per_decode": 8})
     assert 1.9 < many.decoder / few.decoder < 2.1
     assert estimate(sam, loss_size=1024, **STEP).decoder > 2 * few.decoder
-    # Three steps of two images of ten masks and three colours, a byte each.
-    assert few.samples == 3 * 2 * 13 * 1024**2
+    # Six images of ten masks and three colours, a byte each.
+    assert few.samples == 6 * 13 * 1024**2
     assert f"about {few.total / 1e9:.1f} GB of memory for each worker: process" in str(few)
 
 
@@ -75,7 +77,7 @@ def test_masks_and_sizes_count(sam: Sam) -> None:
     [
         ("encoder", "gradient_checkpointing"),
         ("decoder", "masks_per_decode"),
-        ("samples", "batch_size"),
+        ("samples", "max_masks"),
         ("optimizer", "train_encoder = false"),
     ],
 )

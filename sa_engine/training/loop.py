@@ -36,7 +36,7 @@ from sa_engine.training.validation import MEAN, Validation
 _MASKS_PER_DECODE = {"cpu": 4}
 _DEFAULT_MASKS_PER_DECODE = 64
 _SAMPLE, _PROMPTS = range(2)  # purposes of generators
-_LOADED_AHEAD = 2
+LOADED_AHEAD = 4  # images
 BLOCKS = (Block, MBConv, PatchMerging, TinyViTBlock)  # recomputed whole by gradient checkpointing
 
 
@@ -135,11 +135,9 @@ class Trainer:
         if not state.validations:
             self._validate(note)
         tally, started = Tally(), time.monotonic()
-        coming = self._samples(state.iteration)
+        coming = self._loaded(state.iteration)
         while state.iteration < config.iterations:
-            with tally.timed("data", CPU):
-                samples = next(coming)
-            lr = self._step(state.iteration, samples, tally)
+            lr = self._step(state.iteration, coming, tally)
             state.iteration += 1
             last = state.iteration == config.iterations
             signal = self.group.stop_signal()
@@ -158,44 +156,48 @@ class Trainer:
                 return signal
         return 0
 
-    def _samples(self, first: int) -> Iterator[list[Loaded]]:
-        """This worker's images of every iteration from ``first`` on, loaded ahead."""
-        config = self.config
-
-        def load(iteration: int) -> list[Loaded]:
-            batch = self.data.batch(iteration, config.batch_size, self.group.rank, self.group.size)
-            found = []
-            for position, index in batch:
-                rng = np.random.default_rng((config.seed, _SAMPLE, iteration, position))
-                cached = None
-                if self.cache is not None:
-                    cached = self.cache.get(self.data.content_key(index))
-                sample = self.data.load(
-                    index,
-                    rng,
-                    image_size=self.sam.image_size,
-                    max_masks=config.max_masks,
-                    jitter=(config.jitter[0], config.jitter[1]) if config.jitter else None,
-                    pixels=cached is None,
-                )
-                if sample is not None:
-                    found.append(Loaded(position, index, sample, cached))
-            return found
-
+    def _loaded(self, first: int) -> Iterator[Loaded | None]:
+        """This worker's images from iteration ``first`` on, some loaded ahead; None where nothing is left of one."""
+        config, group = self.config, self.group
+        places = (
+            (iteration, position, index)
+            for iteration in range(first, config.iterations)
+            for position, index in self.data.batch(
+                iteration, config.batch_size, group.rank, group.size
+            )
+        )
         with ThreadPoolExecutor(1) as loader:
-            coming = iter(range(first, config.iterations))
-            ahead = deque(loader.submit(load, one) for one in islice(coming, _LOADED_AHEAD))
+            ahead = deque(loader.submit(self._load, *one) for one in islice(places, LOADED_AHEAD))
             while ahead:
-                samples = ahead.popleft().result()
-                ahead.extend(loader.submit(load, one) for one in islice(coming, 1))
-                yield samples
+                loaded = ahead.popleft().result()
+                ahead.extend(loader.submit(self._load, *one) for one in islice(places, 1))
+                yield loaded
 
-    def _step(self, iteration: int, samples: list[Loaded], tally: Tally) -> float:
+    def _load(self, iteration: int, position: int, index: int) -> Loaded | None:
+        """An image with its masks; its picture only if its embedding is not known yet."""
+        config, cached = self.config, None
+        if self.cache is not None:
+            cached = self.cache.get(self.data.content_key(index))
+        sample = self.data.load(
+            index,
+            np.random.default_rng((config.seed, _SAMPLE, iteration, position)),
+            image_size=self.sam.image_size,
+            max_masks=config.max_masks,
+            jitter=(config.jitter[0], config.jitter[1]) if config.jitter else None,
+            pixels=cached is None,
+        )
+        return None if sample is None else Loaded(position, index, sample, cached)
+
+    def _step(self, iteration: int, coming: Iterator[Loaded | None], tally: Tally) -> float:
         """One step of the optimizer, the same on all workers; gives its learning rate."""
         config, masks_before = self.config, tally.masks
         set_training_mode(self.sam, config)
         self.optimizer.zero_grad(set_to_none=True)
-        for loaded in samples:
+        for _ in range(self.group.rank, config.batch_size, self.group.size):
+            with tally.timed("data", CPU):
+                loaded = next(coming)
+            if loaded is None:
+                continue
             position, sample = loaded.position, loaded.sample
             # Dropout and drop path of an image do not depend on the worker it is on.
             torch.manual_seed(_seed(config.seed, iteration, position))

@@ -25,7 +25,7 @@ from sa_engine.training.loop import BLOCKS
 _PROCESS = 1_150_000_000
 _BF16_ENCODER, _BF16_DECODER = 0.6, 0.77
 _LOSS_MAPS = 10
-_LOADED_STEPS = 3  # the one at work, and two ahead
+_LOADED = 6  # images: the one at work, those ahead, and one on its way
 _OUTPUTS = MULTIMASK_OUTPUTS + 1
 _PROMPT_TOKENS = 12
 _NUMBER = 4  # bytes of a float32
@@ -96,7 +96,7 @@ class MemoryEstimate:
             self.gradients + self.optimizer: "a frozen encoder (train_encoder = false)",
             self.encoder: "gradient_checkpointing, precision = bf16 or train_encoder = false",
             self.decoder: "a smaller masks_per_decode or loss_size, or precision = bf16",
-            0 if self.on_gpu else self.samples: "a smaller batch_size or max_masks",
+            0 if self.on_gpu else self.samples: "a smaller max_masks",
         }
         fewer = ", or fewer workers" if workers > 1 else ""
         who = f"{workers} workers" if workers > 1 else "training"
@@ -109,7 +109,7 @@ class MemoryEstimate:
 def estimate(
     sam: Sam,
     *,
-    images: int,
+    loaded: int = _LOADED,
     masks_per_image: int,
     masks_per_decode: int,
     loss_size: int = 256,
@@ -125,7 +125,7 @@ def estimate(
 
     Args:
         sam: in training, where it will be trained; nothing runs there.
-        images: of a step on one worker.
+        loaded: images that are there with their masks at once.
         masks_per_image: as many as an image can have.
         masks_per_decode: objects that are prompted at once.
         loss_size: side of the square of logits that the losses see.
@@ -142,7 +142,7 @@ def estimate(
         optimizer=2 * trained,
         encoder=int(_encoder_activations(sam, checkpointing) * encoder),
         decoder=int(_decoder_activations(sam, masks_per_decode) * decoder) + losses,
-        samples=_LOADED_STEPS * images * (masks_per_image + 3) * sam.image_size**2,
+        samples=loaded * (masks_per_image + 3) * sam.image_size**2,
         on_gpu=sam.device.type == "cuda",
     )
 
