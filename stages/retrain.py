@@ -6,7 +6,7 @@ paper; focal and dice loss of the best of three masks, and the error of the pred
 """
 
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,15 +22,12 @@ from sa_engine.progress import Interrupted, StopSignal, this_command
 from sa_engine.resources import cores
 from sa_engine.rounds import (
     INFO,
-    MIOU,
-    Parent,
     RoundInfo,
     Verdict,
     model_facts,
     read_round,
     write_model,
 )
-from sa_engine.rounds import TrainingData as TrainedOn
 from sa_engine.run_dir import RunInfo, check_same, read_info
 from sa_engine.storage import (
     RunError,
@@ -45,92 +42,15 @@ from sa_engine.training import gate
 from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import TrainingData
 from sa_engine.training.loop import masks_per_decode, set_trainable
-from sa_engine.training.memory import MemoryEstimate, estimate, free_memory
+from sa_engine.training.memory import estimate, free_memory
 from sa_engine.training.parallel import run_workers
 from sa_engine.training.plots import plot_curves
+from sa_engine.training.report import Plan, RoundReport, trained_on, validation_metrics
 from sa_engine.training.state import TrainingState, load_state, state_path
-from sa_engine.training.validation import BOX, MEAN
 from sa_engine.training.worker import METRICS, Job, first_model, read_metrics, work
 
 CURVES = "curves.png"
 _OURS = ("model.safetensors", INFO, METRICS, CURVES, "_run")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A round before it is trained: all that can be known and refused by then.
-
-    Attributes:
-        config: its options.
-        paths: its folder.
-        data: what it is trained on.
-        parent: what it starts from.
-        fingerprint: of the weights that it starts from.
-        gate: data sets that it is judged on.
-        parameters: trained, and all.
-        memory: of a worker.
-        shortage: what to do if that is too much; None if it is not.
-        done: iterations that are done already.
-    """
-
-    config: RetrainConfig
-    paths: RunPaths
-    data: TrainingData
-    parent: Parent
-    fingerprint: str
-    gate: tuple[DataSet, ...]
-    parameters: tuple[int, int]
-    memory: MemoryEstimate
-    shortage: str | None
-    done: int = 0
-
-    def __str__(self) -> str:
-        """One line for each thing that a person wants to check before the start."""
-        config = self.config
-        trained, total = self.parameters
-        lines = [f"init: {self.parent.name} ({self.fingerprint[:12]})"]
-        lines += [f"  {note}" for note in self.parent.notes]
-        lines.append(f"trained: {trained / 1e6:.1f} of {total / 1e6:.1f} million parameters")
-        for run in self.data.runs:
-            kept = f"; {run.validation_images} images to validate on" * (run.validation_images > 0)
-            held = f"; {run.held_out} held out" * (run.held_out > 0)
-            left = f"; {run.large_masks} masks too large" * (run.large_masks > 0)
-            lines.append(
-                f"data: {run.name}, {run.images} images, {run.masks} masks{kept}{held}{left}"
-            )
-        epochs = config.iterations * config.batch_size / self.data.slots
-        lines.append(
-            f"{config.iterations} iterations of {config.batch_size} images, {epochs:.1f} epochs"
-            + f"; {self.done} done" * (self.done > 0)
-        )
-        lines.append(str(self.memory))
-        if self.shortage is not None:
-            lines.append(f"warning: {self.shortage}")
-        lines += [f"gate: {one.name}, {len(one.image_ids)} images" for one in self.gate]
-        return "\n".join([*lines, f"output: {self.paths.out}"])
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """A finished round."""
-
-    paths: RunPaths
-    info: RoundInfo
-
-    def __str__(self) -> str:
-        """Give what was reached, in a few lines."""
-        info = self.info
-        lines = [f"round: {self.paths.out} ({info.architecture}, {info.fingerprint[:12]})"]
-        lines.append(f"{info.iterations} iterations, {info.seconds / 60:.1f} minutes of training")
-        before, after = info.metrics.get("before", {}), info.metrics.get("after", {})
-        lines += [
-            f"validation {name}: {before[name]:.3f} -> {after[name]:.3f} ({after[name] - before[name]:+.3f})"
-            for name in after
-        ]
-        if info.gate is not None:
-            verdict = "promoted" if info.gate.promoted else "NOT promoted"
-            lines.append(f"gate: {verdict}: {info.gate.reason}")
-        return "\n".join(lines)
 
 
 def round_paths(config: RetrainConfig) -> RunPaths:
@@ -304,11 +224,11 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
     info = RoundInfo(
         **model_facts(sam),
         parent=parent,
-        data=_trained_on(planned.data),
+        data=trained_on(planned.data),
         config=to_dict(config),
         iterations=state.iteration,
         seconds=state.seconds,
-        metrics=_metrics(config, state),
+        metrics=validation_metrics(config, state),
         gate=_judge(planned, sam) if planned.gate else None,
     )
     atomic_write(paths.out / CURVES, plot_curves(read_metrics(paths)))
@@ -345,39 +265,6 @@ def _gate_sets(config: RetrainConfig) -> tuple[DataSet, ...]:
             )
         found.append(open_data(place, name, "holdout" if held_out else "all"))
     return tuple(found)
-
-
-def _metrics(config: RetrainConfig, state: TrainingState) -> dict[str, object]:
-    """What validation measured before, and of the weights that are kept."""
-    if not state.validations:
-        return {}
-    kept = state.best[0] if config.keep == "best" and state.best is not None else state.iteration
-    found = {int(one["iteration"]): one for one in state.validations}
-    before, after = (_named(found[iteration]) for iteration in (0, kept))
-    return {"before": before, "after": after, "kept_iteration": kept}
-
-
-def _named(validation: dict[str, float]) -> dict[str, float]:
-    names = {MEAN: MIOU, BOX: "miou_box"}
-    return {
-        names.get(name, f"{MIOU} {name}"): value
-        for name, value in validation.items()
-        if name != "iteration"
-    }
-
-
-def _trained_on(data: TrainingData) -> tuple[TrainedOn, ...]:
-    return tuple(
-        TrainedOn(
-            run=one.out,
-            name=one.name,
-            fingerprint=one.fingerprint,
-            images=one.images,
-            masks=one.masks,
-            left_out={"large": one.large_masks, "empty": one.empty_masks},
-        )
-        for one in data.runs
-    )
 
 
 def _clear(paths: RunPaths) -> None:

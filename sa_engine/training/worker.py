@@ -100,7 +100,9 @@ class _Journal:
 
     def __init__(self, paths: RunPaths, config: RetrainConfig, state: TrainingState) -> None:
         self._path, self._scratch = paths.out / METRICS, paths.scratch
-        self._lines = [one for one in read_metrics(paths) if one["iteration"] <= state.iteration]
+        # Lines after the state that training goes on from will be written again.
+        reached = state.iteration or -1
+        self._lines = [one for one in read_metrics(paths) if one["iteration"] <= reached]
         self._total, self._first = config.iterations, state.iteration
         self._board = _board(paths)
         self._bar: tqdm | None = None
