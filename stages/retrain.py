@@ -41,8 +41,9 @@ from sa_engine.storage import (
 from sa_engine.training import gate
 from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import TrainingData
-from sa_engine.training.loop import masks_per_decode, set_trainable
+from sa_engine.training.loop import masks_per_decode
 from sa_engine.training.memory import estimate, free_memory
+from sa_engine.training.modes import set_trainable
 from sa_engine.training.parallel import run_workers
 from sa_engine.training.plots import plot_curves
 from sa_engine.training.report import Plan, RoundReport, trained_on, validation_metrics

@@ -17,7 +17,8 @@ from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import TrainingData
 from sa_engine.training.embeddings import EmbeddingCache
 from sa_engine.training.group import Group
-from sa_engine.training.loop import Trainer, set_trainable, set_training_mode
+from sa_engine.training.loop import Trainer, TrainingError
+from sa_engine.training.modes import set_trainable, set_training_mode
 from sa_engine.training.optimizer import layer_numbers, make_optimizer, rate
 from sa_engine.training.parallel import run_workers
 from sa_engine.training.state import load_state, save_state
@@ -169,6 +170,21 @@ def test_gradient_checkpointing_changes_nothing_but_memory(run: Path) -> None:
     again, _ = train(run, iterations=1, drop_path=0.0, gradient_checkpointing=True)
     for name, value in weights(again).items():
         torch.testing.assert_close(value, weights(plain)[name], rtol=0, atol=1e-6)
+
+
+def test_a_training_that_diverges_stops_before_its_weights_are_lost(run: Path) -> None:
+    saved: list[int] = []
+    trainer = make_trainer(run, save_every=1)
+    with torch.no_grad():
+        trainer.sam.mask_decoder.iou_prediction_head.layers[0].weight[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="gradient of iteration 1 is not finite"):
+        trainer.run(lambda state: saved.append(state.iteration), lambda line: None)
+    assert not saved
+    assert all(
+        value.isfinite().all()
+        for name, value in weights(trainer).items()
+        if "iou_prediction" not in name
+    )
 
 
 def test_lower_layers_learn_more_slowly() -> None:

@@ -10,8 +10,8 @@ import torch
 from sa_engine.modeling.sam import Sam, build_sam
 from sa_engine.training import memory
 from sa_engine.training.config import RetrainConfig
-from sa_engine.training.loop import set_trainable
 from sa_engine.training.memory import MemoryEstimate, SavedTensors, estimate
+from sa_engine.training.modes import set_trainable
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "training_memory.py"
 STEP: dict[str, Any] = {"masks_per_image": 10, "masks_per_decode": 4}

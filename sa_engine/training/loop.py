@@ -9,23 +9,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from sa_engine.modeling.image_encoder import Block
+from sa_engine.errors import SaEngineError
 from sa_engine.modeling.sam import Sam
-from sa_engine.modeling.tiny_vit import MBConv, PatchMerging, TinyViTBlock
 from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import Sample, TrainingData
 from sa_engine.training.embeddings import EmbeddingCache
 from sa_engine.training.group import CPU, Group
 from sa_engine.training.losses import LossRules
+from sa_engine.training.modes import set_trainable, set_training_mode
 from sa_engine.training.optimizer import make_optimizer, rate, set_rate
 from sa_engine.training.prompts import PromptRules
 from sa_engine.training.simulate import Simulation
@@ -37,7 +35,6 @@ _MASKS_PER_DECODE = {"cpu": 4}
 _DEFAULT_MASKS_PER_DECODE = 64
 _SAMPLE, _PROMPTS = range(2)  # purposes of generators
 LOADED_AHEAD = 4  # images
-BLOCKS = (Block, MBConv, PatchMerging, TinyViTBlock)  # recomputed whole by gradient checkpointing
 
 
 def masks_per_decode(config: RetrainConfig, device: torch.device) -> int:
@@ -70,6 +67,10 @@ def simulation_of(config: RetrainConfig, device: torch.device) -> Simulation:
         masks_per_decode=masks_per_decode(config, device),
         bf16=config.precision == "bf16",
     )
+
+
+class TrainingError(SaEngineError):
+    """A training that cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +215,7 @@ class Trainer:
             gradients = self._gradients()
             self.group.all_reduce(gradients)
             torch._foreach_div_(gradients, max(masks, 1.0))
-            if config.clip_norm is not None:
-                parameters = [p for p in self.sam.parameters() if p.requires_grad]
-                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            self._clip()
             set_rate(self.optimizer, lr := rate(config, iteration))
             self.optimizer.step()
         self.state.masks += int(masks)
@@ -249,6 +248,17 @@ class Trainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return [p.grad for p in parameters if p.grad is not None]
+
+    def _clip(self) -> None:
+        """Clip the gradient. Raises TrainingError if it is not finite, before it is in the weights."""
+        config = self.config
+        most = torch.inf if config.clip_norm is None else config.clip_norm
+        parameters = [p for p in self.sam.parameters() if p.requires_grad]
+        if not nn.utils.clip_grad_norm_(parameters, most).isfinite():
+            raise TrainingError(
+                f"the gradient of iteration {self.state.iteration + 1} is not finite: training has diverged; "
+                "lower lr, set clip_norm or use precision fp32, and start over with --overwrite"
+            )
 
     def _metrics(self, tally: Tally, lr: float) -> dict[str, Any]:
         """What the last iterations cost, over all workers: means over masks, and milliseconds per mask by part."""
@@ -291,32 +301,3 @@ def _seed(*numbers: int) -> int:
 def validation_interval(config: RetrainConfig) -> int:
     """Iterations between validations."""
     return config.validate_every or max(1, config.iterations // 10)
-
-
-def set_trainable(sam: Sam, config: RetrainConfig) -> None:
-    """Ask for gradients of what is trained: the encoder if it is; never a classification head left over."""
-    sam.requires_grad_(True)
-    if not config.train_encoder:
-        sam.image_encoder.requires_grad_(False)
-    for name, module in sam.image_encoder.named_children():
-        if name in ("head", "norm_head"):
-            module.requires_grad_(False)
-    for name, parameter in sam.mask_decoder.named_parameters():
-        if name.endswith("k_proj.bias"):
-            # It cancels in the softmax: its gradient is rounding, which AdamW would blow up to whole steps.
-            parameter.requires_grad_(False)
-    if config.gradient_checkpointing and config.train_encoder:
-        for block in sam.image_encoder.modules():
-            if isinstance(block, BLOCKS):
-                again = partial(checkpoint, type(block).forward, block, use_reentrant=False)
-                block.forward = again  # type: ignore[method-assign]
-
-
-def set_training_mode(sam: Sam, config: RetrainConfig) -> None:
-    """Dropout and drop path as in training; a frozen encoder, and all batch norms, as when the model is used."""
-    sam.train()
-    if not config.train_encoder:
-        sam.image_encoder.eval()
-    for module in sam.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()

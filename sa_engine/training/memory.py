@@ -18,7 +18,7 @@ from sa_engine.modeling.mask_decoder import MULTIMASK_OUTPUTS
 from sa_engine.modeling.sam import Sam
 from sa_engine.modeling.trainable import attend, predict_masks
 from sa_engine.resources import this_machine
-from sa_engine.training.loop import BLOCKS
+from sa_engine.training.modes import BLOCKS
 
 # Measured on a CPU, see `estimate`: Python with its libraries (0.84 GB) and what a backward pass takes besides; the
 # share that bfloat16 leaves of the activations; float32 maps of logits that the losses keep.
