@@ -91,7 +91,12 @@ def test_a_round_is_a_checkpoint_that_knows_where_it_comes_from(
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if "total" in line] == [1, 2, 3]
     assert Image.open(out / "curves.png").size[0] > 1000
-    assert sorted(path.name for path in (out / "_run").iterdir()) == ["run.json"]
+    assert sorted(path.name for path in (out / "_run").iterdir()) == [
+        "run.json",
+        "tensorboard",
+    ]
+    (events,) = (out / "_run" / "tensorboard").iterdir()
+    assert b"point_miou" in events.read_bytes()
 
 
 def test_a_finished_round_is_left_alone(

@@ -134,7 +134,7 @@ class _Journal:
         values = {**line, **line.get("validation", {}), **line.get("ms_per_mask", {})}
         if self._board is not None:
             for name, value in values.items():
-                if isinstance(value, int | float) and name != "iteration":
+                if isinstance(value, int | float) and name not in ("iteration", "masks"):
                     self._board.add_scalar(name, value, line["iteration"])
         told = words(line)
         if self._bar is not None:
@@ -162,9 +162,9 @@ def read_metrics(paths: RunPaths) -> list[dict[str, Any]]:
 
 
 def _board(paths: RunPaths) -> Any:
-    """A TensorBoard writer, if TensorBoard is installed."""
+    """A writer of TensorBoard's files; Ray Train brings the package, a leaner installation may lack it."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboardX import SummaryWriter
     except ImportError:
         return None
     return SummaryWriter(str(paths.run / "tensorboard"))
