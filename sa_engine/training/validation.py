@@ -4,10 +4,11 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import numpy as np
+from torch import Tensor
 
 from sa_engine.evaluation.interactive import BOX, ImageScores, Protocol, evaluate_image
 from sa_engine.modeling.sam import Sam
-from sa_engine.predictor import Embedding, Predictor
+from sa_engine.predictor import Predictor
 from sa_engine.records import ImageRecord
 from sa_engine.training.group import Group
 
@@ -35,7 +36,7 @@ class Validation:
             (name, list(islice(islice(found, images), group.rank, None, group.size)))
             for name, found in sets
         ]
-        self._embeddings: dict[tuple[str, int], Embedding] = {}
+        self._features: dict[tuple[str, int], tuple[Tensor, tuple[int, int]]] = {}
 
     def measure(self, sam: Sam, precision: str) -> dict[str, float]:
         """Mean IoU after one click, by data set and in the mean over data sets; and of box prompts.
@@ -57,11 +58,11 @@ class Validation:
         self, predictor: Predictor, name: str, record: ImageRecord, image: np.ndarray
     ) -> ImageScores:
         key = (name, record.image_id)
-        embedding = self._embeddings.get(key) if self._frozen else None
-        if embedding is None:
-            embedding = predictor.embed(image)
+        if key in self._features:
+            features, input_size = self._features[key]
+            embedding = predictor.wrap(features, image.shape[:2], input_size)
         else:
-            embedding = predictor.wrap(embedding.features, embedding.size, embedding.input_size)
-        if self._frozen:
-            self._embeddings[key] = embedding
+            embedding = predictor.embed(image)
+            if self._frozen:  # the features alone: the rest is three times their size
+                self._features[key] = embedding.features, embedding.input_size
         return evaluate_image(predictor, record, image, _PROTOCOL, embedding)
