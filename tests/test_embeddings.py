@@ -32,18 +32,6 @@ def data(photos: list[np.ndarray], tmp_path: Path) -> TrainingData:
     return TrainingData.open([make_run(tmp_path / "photos", tmp_path / "out", quarter)])
 
 
-class Encoder:
-    """Makes numbers of an image's pixels, and counts."""
-
-    def __init__(self) -> None:
-        self.images = 0
-
-    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        self.images += 1
-        rng = np.random.default_rng(int(pixels.sum()))
-        return torch.from_numpy(rng.normal(size=SHAPE))
-
-
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 2**-11), ("float32", 2**-24)])
 def test_what_was_put_is_got(dtype: str, most: float, tmp_path: Path) -> None:
     cache = EmbeddingCache(tmp_path, "e" * 64, dtype)
@@ -99,21 +87,6 @@ def test_a_damaged_file_is_made_again(damage: Callable[[Path], None], tmp_path: 
         assert torch.equal(cache.get(key), one)  # type: ignore[arg-type]
 
 
-def test_only_what_is_missing_is_made(data: TrainingData, tmp_path: Path) -> None:
-    cache, encoder, seen = EmbeddingCache(tmp_path / "cache", "e" * 64), Encoder(), []
-    assert cache.fill(data, encoder, lambda: seen.append(1), indices=[1]) == encoder.images == 1
-    assert cache.fill(data, encoder, lambda: seen.append(1)) == 2
-    assert (encoder.images, len(seen)) == (3, 5), "copies of a photo have one embedding"
-    assert cache.fill(data, encoder) == 0 and encoder.images == 3
-    assert cache.fill(data, encoder, indices=[]) == 0
-    for index in range(4):
-        expected = Encoder()(data.pixels(index)).half().float()
-        assert torch.equal(cache.get(data.content_key(index)), expected)  # type: ignore[arg-type]
-    cut(cache.path(data.content_key(2)))
-    assert cache.fill(data, encoder) == 1
-    assert cache.get(data.content_key(2)) is not None
-
-
 class Usage(NamedTuple):
     free: int
 
@@ -121,15 +94,18 @@ class Usage(NamedTuple):
 def test_too_little_space_is_told_before_there_is_work(
     data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, encoder = EmbeddingCache(tmp_path / "cache", "e" * 64), Encoder()
+    cache = EmbeddingCache(tmp_path / "cache", "e" * 64)
+    keys = {data.content_key(index) for index in range(4)}
+    assert len(keys) == 3, "copies of a photo have one embedding"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(6_200_000))
     with pytest.raises(EmbeddingCacheError, match=r"3 images need 0.0 GB in .*cache/e+-float16"):
-        cache.fill(data, encoder)
-    assert encoder.images == 0
+        cache.check_space(keys)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(6_400_000))
-    assert cache.fill(data, encoder) == 3
+    cache.check_space(keys)
+    for key in keys:
+        cache.put(key, torch.zeros(SHAPE))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0))
-    assert cache.fill(data, encoder) == 0
+    cache.check_space(keys)
 
 
 def test_what_cannot_be_kept_is_told(tmp_path: Path) -> None:
@@ -163,16 +139,13 @@ def test_of_the_real_encoder_masks_stay_the_same(data: TrainingData, tmp_path: P
     sam = load_sam(resolve("vit_t"))
     predictor = Predictor(sam)
     cache = EmbeddingCache(tmp_path / "cache", encoder_fingerprint(sam))
-    made = {}
-
-    def encode(pixels: np.ndarray) -> torch.Tensor:
-        made["embedding"] = predictor.embed_pixels([pixels], [pixels.shape[:2]])[0]
-        return made["embedding"].features
-
-    cache.fill(data, encode, indices=[1])
-    kept, exact = cache.get(data.content_key(1)), made["embedding"]
+    pixels, key = data.pixels(1), data.content_key(1)
+    exact = predictor.embed_pixels([pixels], [pixels.shape[:2]])[0]
+    cache.put(key, exact.features)
+    kept = cache.get(key)
     assert kept is not None
     assert (kept - exact.features).abs().max() < 3e-4
+    assert torch.equal(kept, cache.rounded(exact.features))
     height, width = exact.size
     points = np.random.default_rng(0).uniform(0, 1, (4, 1, 2)) * (width, height)
     shared = predictor.decoder.share(kept, predictor.no_mask)

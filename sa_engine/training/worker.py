@@ -72,6 +72,8 @@ def work(group: Group, job: Job) -> int:
     if config.cached:
         encoder = f"{encoder_fingerprint(sam)}-{config.precision}"
         cache = EmbeddingCache(embeddings_folder(job), encoder)
+        if group.is_main:
+            cache.check_space({job.data.content_key(index) for index in range(len(job.data))})
     validation = None
     if config.validation:
         sets = [(one.name, one) for one in job.data.validation_sets()]
