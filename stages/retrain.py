@@ -22,12 +22,13 @@ from sa_engine.progress import Interrupted, StopSignal, this_command
 from sa_engine.resources import cores
 from sa_engine.rounds import (
     INFO,
+    MIOU,
     RoundInfo,
     Verdict,
     model_facts,
-    read_round,
     write_model,
 )
+from sa_engine.rounds import TrainingData as TrainedOn
 from sa_engine.run_dir import RunInfo, check_same, read_info
 from sa_engine.storage import (
     RunError,
@@ -46,32 +47,13 @@ from sa_engine.training.memory import estimate, free_memory
 from sa_engine.training.modes import set_trainable
 from sa_engine.training.parallel import run_workers
 from sa_engine.training.plots import plot_curves
-from sa_engine.training.report import Plan, RoundReport, trained_on, validation_metrics
+from sa_engine.training.report import Plan, RoundReport, round_paths
 from sa_engine.training.state import TrainingState, load_state, state_path
+from sa_engine.training.validation import BOX, MEAN
 from sa_engine.training.worker import METRICS, Job, first_model, read_metrics, work
 
 CURVES = "curves.png"
 _OURS = ("model.safetensors", INFO, METRICS, CURVES, "_run")
-
-
-def round_paths(config: RetrainConfig) -> RunPaths:
-    """Where a round's files are. Raises ConfigError for what is no folder on a file system."""
-    out = location(config.out)
-    if not isinstance(out, Path):
-        raise ConfigError(
-            f"out = {config.out}: expected a folder on a file system that all workers share"
-        )
-    return RunPaths(out)
-
-
-def finished(config: RetrainConfig) -> RoundReport | None:
-    """The round that a config describes, if it is there already. Raises RunError if another is."""
-    paths = round_paths(config)
-    if not (paths.out / INFO).exists():
-        return None
-    before = read_info(paths).identity
-    check_same(paths, before, identity_values(config))
-    return RoundReport(paths, read_round(Path(config.out)))
 
 
 def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
@@ -225,11 +207,11 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
     info = RoundInfo(
         **model_facts(sam),
         parent=parent,
-        data=trained_on(planned.data),
+        data=_trained_on(planned.data),
         config=to_dict(config),
         iterations=state.iteration,
         seconds=state.seconds,
-        metrics=validation_metrics(config, state),
+        metrics=_validation_metrics(config, state),
         gate=_judge(planned, sam) if planned.gate else None,
     )
     atomic_write(paths.out / CURVES, plot_curves(read_metrics(paths)))
@@ -276,3 +258,37 @@ def _clear(paths: RunPaths) -> None:
         (paths.run / name).unlink(missing_ok=True)
     for folder in (paths.run / "embeddings", paths.run / "tensorboard"):
         sweep(folder)
+
+
+def _validation_metrics(config: RetrainConfig, state: TrainingState) -> dict[str, object]:
+    """What validation measured before, and of the weights that are kept."""
+    if not state.validations:
+        return {}
+    kept = state.best[0] if config.keep == "best" and state.best is not None else state.iteration
+    found = {int(one["iteration"]): one for one in state.validations}
+    before, after = (_named(found[iteration]) for iteration in (0, kept))
+    return {"before": before, "after": after, "kept_iteration": kept}
+
+
+def _named(validation: dict[str, float]) -> dict[str, float]:
+    names = {MEAN: MIOU, BOX: "miou_box"}
+    return {
+        names.get(name, f"{MIOU} {name}"): value
+        for name, value in validation.items()
+        if name != "iteration"
+    }
+
+
+def _trained_on(data: TrainingData) -> tuple[TrainedOn, ...]:
+    """What `model.json` says of the data."""
+    return tuple(
+        TrainedOn(
+            run=one.out,
+            name=one.name,
+            fingerprint=one.fingerprint,
+            images=one.images,
+            masks=one.masks,
+            left_out={"large": one.large_masks, "empty": one.empty_masks},
+        )
+        for one in data.runs
+    )

@@ -15,8 +15,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(__file__).parents[up]) for u
 import numpy as np
 import pytest
 import skimage
+from ingesting import HEIGHT, NAMES, WIDTH
 from PIL import Image
 from s3_server import s3_server
+from training import save
 
 PHOTO_NAMES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
@@ -48,6 +50,26 @@ def photo_folder(tmp_path: Path, photos: list[np.ndarray]) -> Path:
         where = folder / "more" if name == "rocket.jpg" else folder
         small = Image.fromarray(photo).reduce(4)
         small.save(where / f"{Path(name).stem}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture
+def many(photos: list[np.ndarray], tmp_path: Path) -> Path:
+    """A folder of 24 different small pictures."""
+    (tmp_path / "many").mkdir()
+    for number in range(24):
+        save(tmp_path / "many", number, photos)
+    return tmp_path / "many"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two photos of 17 x 12 pixels, one of them in a folder."""
+    folder = tmp_path / "photos"
+    for number, name in enumerate(NAMES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
     return folder
 
 

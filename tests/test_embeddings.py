@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_training_data import make_run, quarter
+from training import make_run, quarter
 
 from sa_engine.modeling.sam import Sam, build_sam, load_sam, model_fingerprint
 from sa_engine.modeling.weights import resolve
@@ -139,7 +139,9 @@ def test_of_the_real_encoder_masks_stay_the_same(data: TrainingData, tmp_path: P
     sam = load_sam(resolve("vit_t"))
     predictor = Predictor(sam)
     cache = EmbeddingCache(tmp_path / "cache", encoder_fingerprint(sam))
-    pixels, key = data.pixels(1), data.content_key(1)
+    sample, key = data.load(1, np.random.default_rng(0)), data.content_key(1)
+    assert sample is not None and sample.pixels is not None
+    pixels = sample.pixels
     exact = predictor.embed_pixels([pixels], [pixels.shape[:2]])[0]
     cache.put(key, exact.features)
     kept = cache.get(key)

@@ -14,8 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
-from test_training_data import make_run
-from test_training_loop import draw
+from training import make_run, quarters
 
 from sa_engine.cli import main
 from sa_engine.lineage import lineage
@@ -46,7 +45,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, photos: list[np.ndarray]) -
     folder = tmp_path_factory.mktemp("photos")
     for number, photo in enumerate(photos):
         Image.fromarray(photo).reduce(2).save(folder / f"{number}.png")
-    return make_run(folder, tmp_path_factory.mktemp("runs") / "shards", draw)
+    return make_run(folder, tmp_path_factory.mktemp("runs") / "shards", quarters)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training_data import Masks, make_run
 from torch import Tensor, nn
-from training import SIDE, small_sam
+from training import SIDE, make_run, quarters, small_sam
 
 from sa_engine.modeling.sam import build_sam
 from sa_engine.storage import RunPaths
@@ -21,8 +20,10 @@ from sa_engine.training.loop import Trainer, TrainingError
 from sa_engine.training.modes import set_trainable, set_training_mode
 from sa_engine.training.optimizer import layer_numbers, make_optimizer, rate
 from sa_engine.training.parallel import run_workers
+from sa_engine.training.plots import plot_curves
 from sa_engine.training.state import load_state, save_state
 from sa_engine.training.tally import PARTS
+from sa_engine.training.worker import words
 
 OPTIONS: dict[str, Any] = {
     "data": ("-",),
@@ -42,17 +43,6 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def draw(key: str, height: int, width: int) -> Masks:
-    """Three quarters of an image and its middle."""
-    masks = []
-    for rows, columns in itertools.product((0, 1), (0, 1)):
-        mask = np.zeros((height, width), dtype=bool)
-        top, left = rows * height // 2, columns * width // 2
-        mask[top : top + height // 2, left : left + width // 2] = True
-        masks.append(("manual", mask))
-    return masks
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, photos: list[np.ndarray]) -> Path:
     from PIL import Image
@@ -62,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, photos: list[np.ndarray]) -> P
         for turn in range(2):
             picture = Image.fromarray(photo).reduce(8).rotate(180 * turn)
             picture.save(folder / f"{number}{turn}.png")
-    return make_run(folder, tmp_path_factory.mktemp("runs") / "run", draw)
+    return make_run(folder, tmp_path_factory.mktemp("runs") / "run", quarters)
 
 
 def make_trainer(
@@ -102,6 +92,13 @@ def test_training_lowers_the_losses(run: Path) -> None:
     assert lines[-1]["masks"] == 16 * 4 * 3
     spent = lines[0]["ms_per_mask"]
     assert spent["prompts"] == 0 and all(spent[part] > 0 for part in set(PARTS) - {"prompts"})
+
+
+def test_a_mean_of_nothing_is_told_as_none(run: Path) -> None:
+    _, (line,) = train(run, iterations=1, box_odds=1.0)
+    assert line["point_miou"] is None and line["box_miou"] > 0
+    assert words(line).startswith("loss ") and "of boxes" in words(line)
+    assert "points" not in words(line) and len(plot_curves([line])) > 10_000
 
 
 def test_a_training_that_was_stopped_ends_with_the_same_weights(run: Path, tmp_path: Path) -> None:

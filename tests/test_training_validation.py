@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_training_data import make_run
-from test_training_loop import draw
+from training import make_run, quarters
 
 from sa_engine.evaluation.data import open_data
 from sa_engine.evaluation.interactive import Protocol, evaluate_model
@@ -24,7 +23,7 @@ def test_validation_measures_what_evaluate_does(
     (tmp_path / "photos").mkdir()
     for number in range(3):
         Image.fromarray(photos[number]).reduce(4).save(tmp_path / "photos" / f"{number}.png")
-    data = open_data(make_run(tmp_path / "photos", tmp_path / "run", draw), "run")
+    data = open_data(make_run(tmp_path / "photos", tmp_path / "run", quarters), "run")
     sam = load_sam(resolve("vit_t"))
     validation = Validation([("run", data)], 2, Group(), frozen)
     found = [validation.measure(sam, "fp32") for _ in range(2)]

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +33,14 @@ def summed_gradients(group: Group) -> dict[str, Any]:
         "ranks": ranks,
         "equal": _are_equal(group, gradients),
         "threads": group.sum([torch.get_num_threads()])[0] / group.size,
-        "talk": _talk(group),
+        "main": group.is_main,
     }
 
 
 def _are_equal(group: Group, tensors: list[Tensor]) -> bool:
-    """Whether all workers hold the very same numbers as the main one."""
-    theirs = [tensor.clone() for tensor in tensors]
-    group.broadcast(theirs)
-    return not group.any_of(not all(map(torch.equal, tensors, theirs)))
-
-
-def _talk(group: Group) -> list[Any]:
-    """What a worker hears; of the main one, that is."""
-    group.barrier()
-    return [
-        group.any_of(group.rank == group.size - 1),
-        group.any_of(False),
-        group.share({"rank": group.rank}),
-        group.is_main,
-    ]
+    """Whether the other of at most two workers holds the very same numbers."""
+    checksum = zlib.crc32(b"".join(tensor.numpy().tobytes() for tensor in tensors))
+    return group.sum([checksum]) == [group.size * checksum]
 
 
 class OwnError(SaEngineError):
@@ -88,11 +77,11 @@ def die_once(group: Group, folder: Path) -> int:
     state, killed = folder / "state", folder / "killed"
     step = int(state.read_text()) if state.exists() else 0
     while step < 6:
-        group.barrier()
+        group.sum([0])
         step += 1
         if group.is_main:
             state.write_text(str(step))
-        group.barrier()
+        group.sum([0])
         if step == 3 and group.rank == group.size - 1 and not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)

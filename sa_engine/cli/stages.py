@@ -219,10 +219,12 @@ def retrain(
     --checkpoint. Run it again with the same options to resume it.
     """
     config = load_config(RetrainConfig, file, sets, flags)
-    from stages import retrain as stage
+    from sa_engine.training.report import finished
 
-    report = None if overwrite else stage.finished(config)
+    report = None if overwrite else finished(config)
     if report is None:
+        from stages import retrain as stage
+
         planned = stage.plan(config, overwrite)
         click.echo(planned, err=not dry_run)
         if dry_run:

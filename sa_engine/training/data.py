@@ -193,12 +193,6 @@ class TrainingData:
         image = frame.pixels(self._finished[run].picture(record)) if pixels else None
         return Sample(run, record.image_id, frame.size, image, np.stack(masks))
 
-    def pixels(self, index: int, image_size: int = IMAGE_SIZE) -> np.ndarray:
-        """The whole image in the model-input frame, (h, w, 3) uint8 RGB. Raises RunError as `load`."""
-        run, record = self._record(index)
-        image = self._finished[run].picture(record)
-        return Frame.fit(record.height, record.width, image_size).pixels(image)
-
     def content_key(self, index: int) -> str:
         """Sha256 (hex) of the image's content, see `FinishedRun.content_key`: equal keys, equal pixels."""
         run, record = self._record(index)

@@ -3,14 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
 CPU = torch.device("cpu")
 # What the workers say to each other about counts and signals stays off the GPUs.
 GPU_BACKEND = "cpu:gloo,cuda:nccl"
@@ -50,13 +47,7 @@ class Group:
         """
         if self.size > 1:
             for bucket in _buckets(tensors):
-                _in_one_buffer(bucket, dist.all_reduce)
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite in place with what the main worker holds."""
-        if self.size > 1:
-            for bucket in _buckets(tensors):
-                _in_one_buffer(bucket, partial(dist.broadcast, src=0))
+                _sum_in_one_buffer(bucket)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum of every value over all workers, in float64."""
@@ -66,33 +57,15 @@ class Group:
         dist.all_reduce(summed)
         return summed.tolist()
 
-    def share(self, value: T) -> T:
-        """The main worker's value, which can be pickled, on all of them."""
-        if self.size == 1:
-            return value
-        shared = [value]
-        dist.broadcast_object_list(shared, src=0, device=CPU)
-        return shared[0]
-
-    def any_of(self, flag: bool) -> bool:
-        """Whether it is true on at least one worker."""
-        return self._max(int(flag)) > 0
-
-    def barrier(self) -> None:
-        """Wait until all workers are here."""
-        self._max(0)
-
     def stop_signal(self) -> int:
         """Number of a signal that some worker has been sent, equal on all of them; 0 for none.
 
         A loop that sees one saves and leaves; `progress.Interrupted` takes the number.
         """
-        return self._max(self.heard())
-
-    def _max(self, value: int) -> int:
+        heard = self.heard()
         if self.size == 1:
-            return value
-        largest = torch.tensor(value)
+            return heard
+        largest = torch.tensor(heard)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
@@ -109,8 +82,8 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def _in_one_buffer(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
+def _sum_in_one_buffer(tensors: Sequence[Tensor]) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    collective(flat)
+    dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -273,7 +273,7 @@ class Trainer:
             "lr": lr,
             "masks": self.state.masks,
             "seconds": round(self.state.seconds, 2),
-            **{name: value / max(counts.get(name, masks), 1) for name, value in found.items()},
+            **{name: _ratio(value, counts.get(name, masks)) for name, value in found.items()},
             "ms_per_mask": {part: round(1000 * s / max(masks, 1), 2) for part, s in seconds},
         }
 
@@ -292,6 +292,11 @@ class Trainer:
             if scores[-1] >= max(scores):
                 weights = {name: value.clone() for name, value in self.sam.state_dict().items()}
                 state.best = (state.iteration, weights)
+
+
+def _ratio(value: float, count: float) -> float | None:
+    """A mean; None of nothing."""
+    return value / count if count else None
 
 
 def _seed(*numbers: int) -> int:

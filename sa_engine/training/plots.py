@@ -29,7 +29,7 @@ def plot_curves(lines: Sequence[dict[str, Any]]) -> bytes:
         measured.plot(
             [line["iteration"] for line in validations], values, "o-", label=name, **style
         )
-    measured.set_title("validation: 1-point mIoU")
+    measured.set_title("validation: mIoU, 1 point (box: of boxes)")
     parts = sorted({part for line in steps for part in line["ms_per_mask"]})
     if steps:
         stacked = [[line["ms_per_mask"].get(part, 0.0) for line in steps] for part in parts]

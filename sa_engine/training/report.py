@@ -1,16 +1,21 @@
-"""What is said of a round: before it is trained, and when it is finished."""
+"""What is said of a round: before it is trained, and when it is finished. Nothing here imports torch."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sa_engine.evaluation.data import DataSet
-from sa_engine.rounds import MIOU, Parent, RoundInfo
-from sa_engine.rounds import TrainingData as TrainedOn
-from sa_engine.storage import RunPaths
+from sa_engine.config import ConfigError, identity_values
+from sa_engine.rounds import INFO, Parent, RoundInfo, read_round
+from sa_engine.run_dir import check_same, read_info
+from sa_engine.storage import RunPaths, location
 from sa_engine.training.config import RetrainConfig
-from sa_engine.training.data import TrainingData
-from sa_engine.training.memory import MemoryEstimate
-from sa_engine.training.state import TrainingState
-from sa_engine.training.validation import BOX, MEAN
+
+if TYPE_CHECKING:
+    from sa_engine.evaluation.data import DataSet
+    from sa_engine.training.data import TrainingData
+    from sa_engine.training.memory import MemoryEstimate
 
 
 @dataclass(frozen=True)
@@ -90,35 +95,21 @@ class RoundReport:
         return "\n".join(lines)
 
 
-def validation_metrics(config: RetrainConfig, state: TrainingState) -> dict[str, object]:
-    """What validation measured before, and of the weights that are kept."""
-    if not state.validations:
-        return {}
-    kept = state.best[0] if config.keep == "best" and state.best is not None else state.iteration
-    found = {int(one["iteration"]): one for one in state.validations}
-    before, after = (_named(found[iteration]) for iteration in (0, kept))
-    return {"before": before, "after": after, "kept_iteration": kept}
-
-
-def _named(validation: dict[str, float]) -> dict[str, float]:
-    names = {MEAN: MIOU, BOX: "miou_box"}
-    return {
-        names.get(name, f"{MIOU} {name}"): value
-        for name, value in validation.items()
-        if name != "iteration"
-    }
-
-
-def trained_on(data: TrainingData) -> tuple[TrainedOn, ...]:
-    """What `model.json` says of the data."""
-    return tuple(
-        TrainedOn(
-            run=one.out,
-            name=one.name,
-            fingerprint=one.fingerprint,
-            images=one.images,
-            masks=one.masks,
-            left_out={"large": one.large_masks, "empty": one.empty_masks},
+def round_paths(config: RetrainConfig) -> RunPaths:
+    """Where a round's files are. Raises ConfigError for what is no folder on a file system."""
+    out = location(config.out)
+    if not isinstance(out, Path):
+        raise ConfigError(
+            f"out = {config.out}: expected a folder on a file system that all workers share"
         )
-        for one in data.runs
-    )
+    return RunPaths(out)
+
+
+def finished(config: RetrainConfig) -> RoundReport | None:
+    """The round that a config describes, if it is there already. Raises RunError if another is."""
+    paths = round_paths(config)
+    if not (paths.out / INFO).exists():
+        return None
+    before = read_info(paths).identity
+    check_same(paths, before, identity_values(config))
+    return RoundReport(paths, read_round(Path(config.out)))

@@ -152,7 +152,9 @@ def words(line: dict[str, Any]) -> str:
     if "validation" in line:
         named = [f"{name} {value:.3f}" for name, value in line["validation"].items()]
         return "validation mIoU: " + ", ".join(named)
-    return f"loss {line['total']:.3f}, mIoU of points {line['point_miou']:.3f}"
+    names = {"total": "loss", "point_miou": "mIoU of points", "box_miou": "of boxes"}
+    known = {told: line[name] for name, told in names.items() if line[name] is not None}
+    return ", ".join(f"{told} {value:.3f}" for told, value in known.items())
 
 
 def read_metrics(paths: RunPaths) -> list[dict[str, Any]]:
