@@ -125,13 +125,7 @@ def export(
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 file.write(piece)
-        missing = sorted(wanted - reading.ids)
-        if missing:
-            raise ExportError(
-                f"{out} has no finished image {missing[0]}: it failed or is not planned"
-            )
-        if not reading.ids:
-            raise ExportError(f"{out} has no finished image to export (--split {split})")
+        _check_found(reading, wanted, split)
         if dest.exists():
             dest.rmdir()
         folder.rename(dest)
@@ -150,6 +144,17 @@ def export(
         masks=reading.masks,
         notes=tuple(_notes(out, reading, writing, short_side, split)),
     )
+
+
+def _check_found(reading: "_Reading", wanted: Collection[int], split: str) -> None:
+    """Raise ExportError if an image that was asked for is not there, or none is."""
+    missing = sorted(set(wanted) - reading.ids)
+    if missing:
+        raise ExportError(
+            f"{reading.out} has no finished image {missing[0]}: it failed or is not planned"
+        )
+    if not reading.ids:
+        raise ExportError(f"{reading.out} has no finished image to export (--split {split})")
 
 
 class _Reading:

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from ingesting import annotations, ingest
 from lost_masks import masks
 from PIL import Image
 from test_format_coco import uncompressed
-from test_ingest import annotations, images, ingest  # noqa: F401
 
 from sa_engine import rle
 from sa_engine.agreement import compare
@@ -21,7 +21,7 @@ from sa_engine.records import MaskRecord
 
 
 @pytest.fixture
-def run(images: Path) -> Path:  # noqa: F811
+def run(images: Path) -> Path:
     assert ingest(images, annotations()).exit_code == 0
     return images.parent / "out"
 

@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from ingesting import NAMES, annotations, ingest
 from lost_masks import HEIGHT, WIDTH, masks
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from test_ingest import NAMES, annotations, images, ingest  # noqa: F401
 
 from sa_engine import rle
 from sa_engine.cli import main
@@ -23,7 +23,7 @@ from sa_engine.reader import iter_records
 
 
 @pytest.fixture
-def run(images: Path) -> Path:  # noqa: F811
+def run(images: Path) -> Path:
     """A run of two images; the first has the masks that formats are known to lose, the second none."""
     assert ingest(images, annotations()).exit_code == 0
     return images.parent / "out"
