@@ -226,6 +226,8 @@ def _lost(failure: BaseException) -> str:
     """Which workers died, if that is what ended the training."""
     from ray.exceptions import RayError
 
-    failures = getattr(failure, "worker_failures", {})
-    ranks = [rank for rank, error in sorted(failures.items()) if isinstance(error, RayError)]
+    failures = sorted(getattr(failure, "worker_failures", {}).items())
+    # Ray Train's health check wraps what it found, in a class that is not public.
+    found = [(rank, getattr(error, "health_check_failure", error)) for rank, error in failures]
+    ranks = [rank for rank, error in found if isinstance(error, RayError)]
     return f"worker {', '.join(map(str, ranks))}" if ranks else ""
