@@ -19,7 +19,7 @@ from sa_engine.errors import SaEngineError
 from sa_engine.pairing import ImageIndex, Pair, pair_masks
 from sa_engine.reader import iter_records
 from sa_engine.records import ImageRecord, MaskRecord
-from sa_engine.run_dir import read_info
+from sa_engine.run_dir import read_run
 from sa_engine.storage import AnyPath, RunPaths, write_results
 
 SHARES = (0.9, 0.75)
@@ -172,7 +172,7 @@ def write_audit(
 
 
 def _worst(agreement: Agreement, before: AnyPath, count: int) -> Iterator[tuple[np.ndarray, str]]:
-    config = read_info(RunPaths(before)).config
+    config = read_run(RunPaths(before)).config
     both = [
         (pair, image.before)
         for image in agreement.of_images

@@ -17,7 +17,7 @@ from sa_engine.holdout import chooser, read_holdout
 from sa_engine.plan import read_plan
 from sa_engine.reader import iter_contents
 from sa_engine.records import ImageRecord
-from sa_engine.run_dir import read_info
+from sa_engine.run_dir import read_run
 from sa_engine.shards import read_markers
 from sa_engine.storage import AnyPath, RunPaths
 
@@ -105,7 +105,7 @@ def export(
     """
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ExportError(f"{dest} is there and not empty: name a new folder")
-    info = read_info(RunPaths(out))
+    info = read_run(RunPaths(out))
     if pictures and not (info.config.get("write_images") and "tar" in info.config["formats"]):
         raise ExportError(f"{out} has no pictures in its shards: export without --with-images")
     chosen = EXPORT_FORMATS[format_name]

@@ -22,7 +22,7 @@ from sa_engine.pictures import released_photo
 from sa_engine.plan import read_plan, shard_name
 from sa_engine.reader import open_tar
 from sa_engine.records import ImageRecord, from_sa1b, from_table
-from sa_engine.run_dir import read_info
+from sa_engine.run_dir import read_run
 from sa_engine.storage import AnyPath, RunError, RunPaths
 
 DIGEST_COLUMNS = (
@@ -53,7 +53,7 @@ class FinishedRun:
     def __init__(self, out: AnyPath) -> None:
         paths = RunPaths(out)
         self.out = out
-        self.config: dict[str, Any] = read_info(paths).config
+        self.config: dict[str, Any] = read_run(paths).config
         if "formats" not in self.config:
             raise RunError(f"{out} has no masks: it is no run of shards")
         self.has_pictures = bool(self.config["write_images"] and "tar" in self.config["formats"])

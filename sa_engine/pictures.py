@@ -14,7 +14,7 @@ from sa_engine.images import decode_image, resize_image
 from sa_engine.plan import read_plan
 from sa_engine.reader import iter_records, read_image
 from sa_engine.records import ImageRecord, MaskRecord
-from sa_engine.run_dir import read_info
+from sa_engine.run_dir import read_run
 from sa_engine.shards import ShardStats, read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write, location
 
@@ -45,7 +45,7 @@ def show(out: AnyPath, dest: Path, ids: Sequence[int] = (), count: int = 12) -> 
         RunError: no run there, nothing finished, an id without masks on disk, or a photo that is
             gone.
     """
-    config = read_info(RunPaths(out)).config
+    config = read_run(RunPaths(out)).config
     if "formats" not in config:
         raise RunError(f"{out} has no masks to show: it is no run of shards")
     plan = read_plan(RunPaths(out).plan)

@@ -127,6 +127,17 @@ def read_info(paths: RunPaths) -> RunInfo:
         raise RunError(f"cannot read {paths.info}: {error}; use another --out") from None
 
 
+def read_run(paths: RunPaths) -> RunInfo:
+    """What a run over images was started with. Raises RunError if there is none; a round of training is none."""
+    info = read_info(paths)
+    if info.stage == "retrain":
+        raise RunError(
+            f"{paths.out} is a round of `sa-engine retrain`, and this command takes a run of shards: "
+            "`sa-engine rounds` shows rounds"
+        )
+    return info
+
+
 def open_run(paths: RunPaths, stage: str, config: RunConfig) -> PlannedRun | None:
     """Read the run that `paths.out` holds, or None if it holds none yet.
 

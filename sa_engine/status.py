@@ -8,7 +8,7 @@ from sa_engine.partial import PartialShard, list_begun
 from sa_engine.plan import read_plan, shard_name
 from sa_engine.progress import duration
 from sa_engine.report import add_counts, per_image
-from sa_engine.run_dir import read_info
+from sa_engine.run_dir import read_run
 from sa_engine.shards import read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, find_run
 
@@ -115,7 +115,7 @@ def read_status(out: AnyPath) -> RunStatus:
             f"{out} is still being planned, by process {holder['pid']} on {holder['host']}: look "
             "again a little later"
         )
-    info, plan = read_info(paths), read_plan(paths.plan)
+    info, plan = read_run(paths), read_plan(paths.plan)
     # Open shards first: one that is committed in between counts once, as committed.
     begun = {name: PartialShard(paths, name).ended() for name in list_begun(paths)}
     markers = list(read_markers(paths, range(len(plan))).values())

@@ -22,7 +22,7 @@ from sa_engine.checks import Problem, Tally
 from sa_engine.lock import is_live
 from sa_engine.plan import Plan, Shard, read_plan, shard_name
 from sa_engine.resources import cores
-from sa_engine.run_dir import read_info
+from sa_engine.run_dir import read_run
 from sa_engine.shard_checks import ShardTask, check_shard
 from sa_engine.storage import AnyPath, RunError, RunPaths, find_run, list_names
 from sa_engine.tree import strangers
@@ -117,7 +117,7 @@ def verify(out: AnyPath, workers: int | None = None, progress: bool = False) -> 
 
 def _written(paths: RunPaths) -> tuple[tuple[str, ...], bool]:
     """The formats of a run's shards, and whether its tars hold pictures."""
-    config = read_info(paths).config
+    config = read_run(paths).config
     try:
         if paths.work is not None:
             return (), False

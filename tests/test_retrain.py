@@ -126,6 +126,14 @@ def test_the_next_round_has_the_first_as_its_parent(
     assert table.exit_code == 0 and "vit_t" in table.output and table.output.count("\n") >= 3
 
 
+@pytest.mark.parametrize("command", ["status", "verify", "report"])
+def test_commands_for_shards_say_that_it_is_a_round(
+    done: tuple[Path, Result], command: str
+) -> None:
+    result = invoke(command, str(done[0]))
+    assert result.exit_code == 2 and "is a round of `sa-engine retrain`" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

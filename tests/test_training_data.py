@@ -257,3 +257,12 @@ def test_the_fingerprint_is_of_the_photos_and_masks(many: Path, tmp_path: Path) 
             lines = [f"{record.image_id} {record.width} {record.height} {record.sha256}"]
             lines += [f"{mask.id} {mask.segmentation['counts']}" for mask in record.masks]
             assert digest == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["mean", "box", "iteration"])
+def test_a_run_may_be_called_as_a_figure_of_a_validation(
+    many: Path, tmp_path: Path, name: str
+) -> None:
+    out = make_run(many, tmp_path / name, quarter)
+    (kept,) = TrainingData.open([out], validation=0.3).validation_sets()
+    assert kept.name == f"{name} (data)"

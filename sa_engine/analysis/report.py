@@ -15,7 +15,7 @@ from sa_engine.analysis.text import summary_cells, table_cells, text_table
 from sa_engine.plan import read_plan
 from sa_engine.reader import shard_records
 from sa_engine.records import ImageRecord
-from sa_engine.run_dir import read_info
+from sa_engine.run_dir import read_run
 from sa_engine.shards import ShardStats, read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, location, write_results
 
@@ -129,7 +129,7 @@ class _Run:
 
     def __init__(self, out: AnyPath) -> None:
         self.out, paths = out, RunPaths(out)
-        info, self.plan = read_info(paths), read_plan(paths.plan)
+        info, self.plan = read_run(paths), read_plan(paths.plan)
         if "formats" not in info.config:
             raise RunError(f"{out} has no masks to report on: it is no run of shards")
         self.stage = info.stage

@@ -16,7 +16,7 @@ from sa_engine.images import decode_image
 from sa_engine.pictures import CELL, beside, contact_sheet, fit, write_picture
 from sa_engine.plan import read_plan
 from sa_engine.reader import read_audit
-from sa_engine.run_dir import read_info
+from sa_engine.run_dir import read_run
 from sa_engine.shards import read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, location
 
@@ -39,7 +39,7 @@ def review(paths: RunPaths, dest: Path) -> list[Path]:
     Raises:
         RunError: no run, nothing finished, `dest` in the output, or a photo that is gone.
     """
-    config = read_info(paths).config
+    config = read_run(paths).config
     if config.get("work") is None:
         raise RunError(f"{paths.out} is no run of blur: there is nothing to review")
     check_dest(paths, dest)

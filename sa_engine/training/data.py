@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from sa_engine.evaluation.data import DataSet
+from sa_engine.evaluation.interactive import BOX
 from sa_engine.evaluation.run import short_names
 from sa_engine.finished import FinishedRun
 from sa_engine.modeling.sam import IMAGE_SIZE
@@ -19,6 +20,10 @@ from sa_engine.records import SOURCES, ImageRecord
 from sa_engine.storage import AnyPath
 from sa_engine.training.frame import Frame
 from sa_engine.training.scan import RunSummary, Scan, TrainingDataError, scan_runs
+from sa_engine.training.validation import MEAN
+
+# What stands beside the data sets' names in a validation's figures.
+_TAKEN = ("iteration", MEAN, BOX)
 
 __all__ = ["RunSummary", "Sample", "TrainingData", "TrainingDataError"]
 
@@ -113,7 +118,7 @@ class TrainingData:
         scan = scan_runs(runs, max_mask_coverage, weights, f"validation:{seed}", progress)
         usable = ~scan.held_out & (scan.masks > 0)
         aside = _choose_validation(scan, usable, validation)
-        names = short_names(places)
+        names = [f"{name} (data)" if name in _TAKEN else name for name in short_names(places)]
         summaries, sets = [], []
         for run, (name, out) in enumerate(zip(names, runs, strict=True)):
             own = scan.run == run

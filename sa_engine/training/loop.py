@@ -4,6 +4,7 @@ Workers share the images of a step. They add up the gradients of the losses' sum
 number of masks in the whole batch: any number of workers takes the same steps.
 """
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ def simulation_of(config: RetrainConfig, device: torch.device) -> Simulation:
             alpha=config.focal_alpha,
             gamma=config.focal_gamma,
             iou_of_all=config.iou_of_all,
+            temperature=config.loss_temperature,
         ),
         reduce_steps=config.reduce_steps,
         loss_size=config.loss_size,
@@ -89,7 +91,7 @@ class Trainer:
     Args:
         config: how.
         group: the workers.
-        sam: the model, on this worker's device; its weights change.
+        sam: the model as the round starts from it, on this worker's device; its weights change.
         data: what it is trained on.
         cache: of the embeddings, where the encoder is frozen.
         validation: what it is measured on, if anything.
@@ -108,6 +110,7 @@ class Trainer:
     ) -> None:
         self.config, self.group, self.sam, self.data = config, group, sam, data
         self.cache, self.validation = cache, validation
+        self.parent = _frozen_copy(sam) if config.iou_target == "parent" else None
         set_trainable(sam, config)
         self.optimizer = make_optimizer(sam, config)
         self.simulation = simulation_of(config, group.device)
@@ -206,7 +209,7 @@ class Trainer:
             with tally.timed("encoder", self.group.device):
                 embedding = self._embed(loaded)
             leaf = embedding.detach().requires_grad_(embedding.requires_grad)
-            self.simulation.train(self.sam, leaf, sample.masks, rng, tally)
+            self.simulation.train(self.sam, leaf, sample.masks, rng, tally, self.parent)
             if embedding.requires_grad:
                 with tally.timed("encoder", self.group.device):
                     embedding.backward(leaf.grad)
@@ -292,6 +295,14 @@ class Trainer:
             if scores[-1] >= max(scores):
                 weights = {name: value.clone() for name, value in self.sam.state_dict().items()}
                 state.best = (state.iteration, weights)
+
+
+def _frozen_copy(sam: Sam) -> Sam:
+    """The model as it is, with the same image encoder, which is frozen too."""
+    copied = copy.deepcopy(sam, {id(sam.image_encoder): sam.image_encoder})
+    for module in (copied.prompt_encoder, copied.mask_decoder):
+        module.eval().requires_grad_(False)
+    return copied
 
 
 def _ratio(value: float, count: float) -> float | None:

@@ -17,6 +17,8 @@ class LossRules:
         alpha, gamma: of the focal loss. The paper does not state them; these are RetinaNet's.
         iou_of_all: the predicted IoU of every mask is trained, not only that of the best of three. The paper does not
             say it; a head that ranks masks has to know the bad ones too.
+        temperature: logits are divided by it before the losses of masks see them. Where a truth is drawn unsharply the
+            best logits are small ones, and the stability score of every mask falls; above 1 they are that much larger.
     """
 
     focal: float = 20.0
@@ -25,6 +27,7 @@ class LossRules:
     alpha: float = 0.25
     gamma: float = 2.0
     iou_of_all: bool = True
+    temperature: float = 1.0
 
 
 class Losses(NamedTuple):
@@ -39,7 +42,12 @@ class Losses(NamedTuple):
 
 
 def prompt_losses(
-    logits: Tensor, predicted_iou: Tensor, outputs: Tensor, masks: Tensor, rules: LossRules
+    logits: Tensor,
+    predicted_iou: Tensor,
+    outputs: Tensor,
+    masks: Tensor,
+    rules: LossRules,
+    parent_iou: Tensor | None = None,
 ) -> Losses:
     """Losses of the masks that came of each of B prompts: of the best of them, by focal and dice loss.
 
@@ -49,19 +57,30 @@ def prompt_losses(
         outputs: (B, M) bool, which of the M masks are a prompt's output; the others cost nothing.
         masks: (B, H, W) bool, the truth.
         rules: weights.
+        parent_iou: (B, M), another model's predicted IoUs of the same prompts: the predicted IoU is trained towards
+            these, in the order of the IoUs with the truth (`ranked`); None: towards the IoUs with the truth.
     """
     logits, predicted_iou = logits.float(), predicted_iou.float()
     truth = masks[:, None].expand_as(logits)
-    focal = focal_loss(logits, truth, rules.alpha, rules.gamma)
-    dice = dice_loss(logits, truth)
+    tempered = logits / rules.temperature
+    focal = focal_loss(tempered, truth, rules.alpha, rules.gamma)
+    dice = dice_loss(tempered, truth)
     weighted = rules.focal * focal + rules.dice * dice
     best = weighted.detach().masked_fill(~outputs, torch.inf).argmin(dim=1, keepdim=True)
     true_iou = mask_iou(logits.detach() > 0, truth)
-    squared = (predicted_iou - true_iou) ** 2
+    target = true_iou if parent_iou is None else ranked(parent_iou.float(), true_iou, outputs)
+    squared = (predicted_iou - target) ** 2
     every = (squared * outputs).sum(dim=1) / outputs.sum(dim=1)
     iou = every if rules.iou_of_all else _take(squared, best)
     total = _take(weighted, best) + rules.iou * iou
     return Losses(total, _take(focal, best), _take(dice, best), iou, best[:, 0], true_iou)
+
+
+def ranked(values: Tensor, order: Tensor, outputs: Tensor) -> Tensor:
+    """(B, M) values of each prompt's outputs, the largest where ``order`` (B, M) is largest, and so on down."""
+    places = order.masked_fill(~outputs, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    falling = values.masked_fill(~outputs, -torch.inf).sort(dim=1, descending=True).values
+    return torch.zeros_like(values).scatter(1, places, falling).masked_fill(~outputs, 0.0)
 
 
 def focal_loss(logits: Tensor, masks: Tensor, alpha: float, gamma: float) -> Tensor:
