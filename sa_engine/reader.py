@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sa_engine.errors import SaEngineError
 from sa_engine.partial import (
     LEFT_OUT,
     Failure,
@@ -108,7 +109,7 @@ def iter_records(out: AnyPath) -> Iterator[ImageRecord]:
     """All records of a run's committed shards, in the order of their ids.
 
     They come from the Parquet files; where a run has none, from the tars, which know no sha256 and
-    no field beyond SA-1B's. Raises RunError if `out` holds no run.
+    no field beyond SA-1B's. Raises RunError if `out` holds no run, or a damaged shard.
     """
     paths = RunPaths(out)
     plan = read_plan(paths.plan)
@@ -128,7 +129,7 @@ def iter_tables(out: AnyPath, columns: Sequence[str]) -> Iterator[tuple[int, pa.
         Parquet, with all columns, and null for what its tars do not know.
 
     Raises:
-        RunError: `out` holds no run.
+        RunError: `out` holds no run, or a damaged shard.
         RecordError: records of another schema version.
     """
     paths = RunPaths(out)
@@ -138,7 +139,7 @@ def iter_tables(out: AnyPath, columns: Sequence[str]) -> Iterator[tuple[int, pa.
         if name not in stats.files:
             yield index, to_table(list(_records_of_tar(out, plan[index])))
             continue
-        with (out / name).open("rb") as handle, pq.ParquetFile(handle) as file:
+        with _parquet(out, name) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=list(columns))
                 check_version(table)
@@ -147,11 +148,9 @@ def iter_tables(out: AnyPath, columns: Sequence[str]) -> Iterator[tuple[int, pa.
 
 def shard_records(out: AnyPath, shard: Shard, stats: ShardStats) -> Iterator[ImageRecord]:
     """The records of one committed shard, as `iter_records` gives them."""
-    if f"{shard.name}.parquet" in stats.files:
-        with (
-            (out / f"{shard.name}.parquet").open("rb") as handle,
-            pq.ParquetFile(handle) as file,
-        ):
+    name = f"{shard.name}.parquet"
+    if name in stats.files:
+        with _parquet(out, name) as file:
             for group in range(file.num_row_groups):
                 yield from from_table(file.read_row_group(group))
     else:
@@ -170,7 +169,7 @@ class Source:
 def iter_sources(out: AnyPath) -> Iterator[Source]:
     """Where the images of a run's committed shards come from, without reading their masks.
 
-    Raises RunError if `out` holds no run.
+    Raises RunError if `out` holds no run, or a damaged shard.
     """
     paths = RunPaths(out)
     plan = read_plan(paths.plan)
@@ -180,9 +179,9 @@ def iter_sources(out: AnyPath) -> Iterator[Source]:
             for record in _records_of_tar(out, plan[index]):
                 yield Source(record.image_id, record.sha256, record.source_path)
             continue
-        with (out / name).open("rb") as file:
+        with _parquet(out, name) as file:
             columns = ["image_id", "sha256", "source_path"]
-            for row in pq.read_table(file, columns=columns).to_pylist():
+            for row in file.read(columns=columns).to_pylist():
                 yield Source(**row)
 
 
@@ -192,7 +191,7 @@ def read_image(out: AnyPath, image_id: int) -> bytes:
     index = plan.shard_of(image_id)
     path = None if index is None else out / f"{shard_name(index)}.tar"
     if path is not None and path.exists():
-        with open_tar(path) as archive:
+        with damage_told(out, path.name), open_tar(path) as archive:
             if image_name(image_id) in archive.getnames():
                 return read_member(archive, image_name(image_id))
     raise RunError(
@@ -208,6 +207,7 @@ def iter_contents(
     with ExitStack() as stack:
         pictures: set[str] = set()
         if with_pictures and f"{shard.name}.tar" in stats.files:
+            stack.enter_context(damage_told(out, f"{shard.name}.tar"))
             archive = stack.enter_context(open_tar(out / f"{shard.name}.tar"))
             pictures = {name for name in archive.getnames() if name.endswith(".jpg")}
         for record in shard_records(out, shard, stats):
@@ -217,11 +217,33 @@ def iter_contents(
 
 def _records_of_tar(out: AnyPath, shard: Shard) -> Iterator[ImageRecord]:
     keys = {image.image_id: image.key for image in shard.images}
-    with open_tar(out / f"{shard.name}.tar") as archive:
+    name = f"{shard.name}.tar"
+    with damage_told(out, name), open_tar(out / name) as archive:
         for name in archive.getnames():
             if name.endswith(".json"):
                 record = from_sa1b(json.loads(read_member(archive, name)))
                 yield replace(record, source_path=keys[record.image_id])
+
+
+@contextmanager
+def _parquet(out: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
+    """A shard's Parquet file, to be read from inside. Raises RunError where it is damaged."""
+    with damage_told(out, name), (out / name).open("rb") as handle, pq.ParquetFile(handle) as file:
+        yield file
+
+
+@contextmanager
+def damage_told(out: AnyPath, name: str) -> Iterator[None]:
+    """Turn what a damaged or missing file of a shard raises into a RunError that names it."""
+    try:
+        yield
+    except SaEngineError:
+        raise
+    except (OSError, ValueError, LookupError, pa.ArrowException, tarfile.TarError) as error:
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(
+            f"cannot read {name} of {out}: {detail}; `sa-engine verify {out}` says what is damaged"
+        ) from None
 
 
 @contextmanager

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from training import Masks, make_run, paths_aside, quarter, share
 
+from sa_engine.cli import main
 from sa_engine.finished import FinishedRun
 from sa_engine.images import decode_image
-from sa_engine.reader import iter_records, read_image
+from sa_engine.reader import iter_records, iter_sources, iter_tables, read_image
 from sa_engine.remote import RemotePath
 from sa_engine.storage import RunError
 from sa_engine.training.data import TrainingData, TrainingDataError
@@ -160,3 +162,41 @@ def test_a_run_in_an_object_store_is_read_like_one_on_a_disk(
     assert here.fingerprint == there.fingerprint
     assert digest_of(here, 3) == digest_of(pickle.loads(pickle.dumps(there)), 3)
     assert paths_aside(here) == paths_aside(there)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
+@pytest.mark.parametrize("formats", [("parquet",), ("tar",)])
+def test_a_damaged_shard_is_named_whatever_reads_it(
+    many: Path, tmp_path: Path, formats: tuple[str, ...], damage: Callable[[Path], None]
+) -> None:
+    out = make_run(many, tmp_path / "out", quarter, formats=formats)
+    name = f"sa_000002.{formats[0]}"
+    if damage is truncate and formats == ("tar",):  # its last blocks are padding
+        (out / name).write_bytes((out / name).read_bytes()[:2000])
+    else:
+        damage(out / name)
+    told = rf"cannot read {name} of {out}: .+; `sa-engine verify {out}` says what is damaged"
+    for read in (
+        iter_records,
+        iter_sources,
+        lambda out: iter_tables(out, ("image_id", "schema_version")),
+    ):
+        with pytest.raises(RunError, match=told):
+            list(read(out))
+    for command in (
+        ["export", str(out), "--format=coco", f"--out={tmp_path / 'export'}"],
+        ["split", str(out), "--holdout=3"],
+        ["audit", str(out), str(out)],
+        ["report", str(out)],
+    ):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 2 and f"cannot read {name} of" in result.stderr, result.output
+    assert not (tmp_path / "export").exists() or not any((tmp_path / "export").iterdir())

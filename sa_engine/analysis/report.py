@@ -2,8 +2,7 @@
 
 import json
 import sys
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,8 @@ from sa_engine.analysis.stages import Key, StageTable
 from sa_engine.analysis.text import summary_cells, table_cells, text_table
 from sa_engine.plan import read_plan
 from sa_engine.reader import shard_records
-from sa_engine.records import ImageRecord
 from sa_engine.run_dir import read_run
-from sa_engine.shards import ShardStats, read_markers
+from sa_engine.shards import read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, location, write_results
 
 SCHEMA_VERSION = 1
@@ -161,7 +159,7 @@ def _read(run: _Run, figures: Figures, table: StageTable | None) -> dict[str, An
     for index, stats in shards:
         if not stats.files:
             continue
-        for record in _told_records(run, index, stats):
+        for record in shard_records(run.out, run.plan[index], stats):
             images, masks = images + 1, masks + len(record.masks)
             try:
                 figures.add(record)
@@ -181,14 +179,3 @@ def _read(run: _Run, figures: Figures, table: StageTable | None) -> dict[str, An
         "masks": masks,
         "compared": False,
     }
-
-
-def _told_records(run: _Run, index: int, stats: ShardStats) -> Iterator[ImageRecord]:
-    """A shard's records. Raises RunError if its files are damaged or gone."""
-    try:
-        yield from shard_records(run.out, run.plan[index], stats)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        raise RunError(
-            f"{run.out}: shard {run.plan[index].name} cannot be read: {error}; see sa-engine verify "
-            f"{run.out}"
-        ) from None

@@ -1,8 +1,7 @@
 """What there is to train on: all images of some runs, in columns, read once without decoding a mask."""
 
 import hashlib
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from sa_engine.finished import DIGEST_COLUMNS, image_digests
 from sa_engine.holdout import kept_from_training, photo_hash
 from sa_engine.reader import Source, iter_tables
 from sa_engine.records import SOURCES
-from sa_engine.storage import AnyPath, RunError
+from sa_engine.storage import AnyPath
 
 _COLUMNS = (
     *DIGEST_COLUMNS,
@@ -154,7 +153,7 @@ def scan_runs(
     """
     parts = []
     for run, (out, holds) in enumerate(zip(outs, kept_from_training(outs), strict=True)):
-        for table in _tables(out):
+        for table in iter_tables(out, _COLUMNS):
             parts.append(
                 _images(table, holds, salt, run) | _masks(table, max_mask_coverage, weights)
             )
@@ -166,18 +165,6 @@ def scan_runs(
             "`sa-engine status` says how far a run is"
         )
     return Scan(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-
-
-def _tables(out: AnyPath) -> Iterator[pa.Table]:
-    """Raises RunError, that names the run, for files that are damaged."""
-    try:
-        for _, table in iter_tables(out, _COLUMNS):
-            yield table
-    except (OSError, pa.ArrowException, tarfile.TarError) as error:
-        detail = " ".join(str(error).split())
-        raise RunError(
-            f"cannot read the shards of {out}: {detail}; `sa-engine verify {out}` says what is damaged"
-        ) from None
 
 
 def _images(
