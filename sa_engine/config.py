@@ -24,8 +24,11 @@ __all__ = [
     "BlurConfig",
     "Config",
     "ConfigError",
+    "FilterConfig",
     "IngestConfig",
     "MaskConfig",
+    "ModelConfig",
+    "PrefillConfig",
     "PrivacyConfig",
     "RunConfig",
     "ShardConfig",
@@ -40,21 +43,9 @@ FORMATS = ("tar", "parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig(Config):
-    """Automatic mask generation (paper §4 and appendix B); lengths and areas in released pixels."""
+class FilterConfig(Config):
+    """Which masks are kept and how they are cleaned up (appendix B); lengths and areas in released pixels."""
 
-    points_per_side: int = option(
-        32, bounds=(1, None), identity=True, help="Points per side of the full image's grid."
-    )
-    crop_n_layers: int = option(
-        2, bounds=(0, 6), identity=True, help="Layers of zoomed-in crops; layer i has 4**i crops."
-    )
-    crop_n_points_downscale_factor: int = option(
-        2, bounds=(1, None), identity=True, help="Layer i's grid has points_per_side / factor**i."
-    )
-    crop_overlap_ratio: float = option(
-        512 / 1500, bounds=(0, 1), identity=True, help="Overlap of crops, of the short side."
-    )
     pred_iou_thresh: float = option(
         0.88, bounds=(0, 1), identity=True, help="Least predicted IoU of a mask that is kept."
     )
@@ -70,12 +61,6 @@ class MaskConfig(Config):
     box_nms_thresh: float = option(
         0.7, bounds=(0, 1), identity=True, help="Box IoU of non-maximum suppression in one crop."
     )
-    crop_nms_thresh: float = option(
-        0.7, bounds=(0, 1), identity=True, help="Box IoU of suppression across crops."
-    )
-    crop_edge_tolerance: float = option(
-        20.0, bounds=(0, None), identity=True, help="Pixels to an inner crop edge that drop a mask."
-    )
     min_mask_region_area: int = option(
         100, bounds=(0, None), identity=True, help="Least pixels of a component or hole; 0: as is."
     )
@@ -87,6 +72,30 @@ class MaskConfig(Config):
     )
     points_per_batch: int | None = option(
         None, bounds=(1, None), identity=True, help="Prompts decoded at once; default by device."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(FilterConfig):
+    """Automatic mask generation (paper §4 and appendix B)."""
+
+    points_per_side: int = option(
+        32, bounds=(1, None), identity=True, help="Points per side of the full image's grid."
+    )
+    crop_n_layers: int = option(
+        2, bounds=(0, 6), identity=True, help="Layers of zoomed-in crops; layer i has 4**i crops."
+    )
+    crop_n_points_downscale_factor: int = option(
+        2, bounds=(1, None), identity=True, help="Layer i's grid has points_per_side / factor**i."
+    )
+    crop_overlap_ratio: float = option(
+        512 / 1500, bounds=(0, 1), identity=True, help="Overlap of crops, of the short side."
+    )
+    crop_nms_thresh: float = option(
+        0.7, bounds=(0, 1), identity=True, help="Box IoU of suppression across crops."
+    )
+    crop_edge_tolerance: float = option(
+        20.0, bounds=(0, None), identity=True, help="Pixels to an inner crop edge that drop a mask."
     )
 
     def __post_init__(self) -> None:
@@ -251,15 +260,8 @@ class PrivacyConfig(Config):
 
     def identity_of_files(self) -> dict[str, Any]:
         """The regions to redact: another file may name others."""
-        if self.extra_boxes is None:
-            return {"extra_boxes": None}
-        try:
-            content = Path(self.extra_boxes).read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                f"boxes {self.extra_boxes}: cannot be read: {error.strerror}"
-            ) from None
-        return {"extra_boxes": f"sha256 {hashlib.sha256(content).hexdigest()}"}
+        given = self.extra_boxes
+        return {"extra_boxes": None if given is None else _sha256_of_boxes(given)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,13 +353,10 @@ class IngestConfig(ShardConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoConfig(PrivacyConfig, MaskConfig, ShardConfig):
-    """The fully automatic stage: photos in, masks out."""
+class ModelConfig(Config):
+    """The model that a stage prompts, and how it computes."""
 
     checkpoint: str = option("vit_t", help="Model name, checkpoint file or round.")
-    blur: bool = option(
-        False, identity=True, help="Redact faces and plates before anything else, as blur does."
-    )
     device: str = option("auto", help="auto, cpu, cuda, cuda:N or mps.")
     precision: Literal["fp32", "bf16"] = option(
         "fp32", identity=True, help="Arithmetic of the model; bf16 is faster, not exact."
@@ -371,3 +370,40 @@ class AutoConfig(PrivacyConfig, MaskConfig, ShardConfig):
         super().__post_init__()
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise ConfigError(f"device = {self.device!r}: expected auto, cpu, cuda, cuda:N or mps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoConfig(PrivacyConfig, MaskConfig, ModelConfig, ShardConfig):
+    """The fully automatic stage: photos in, masks out."""
+
+    blur: bool = option(
+        False, identity=True, help="Redact faces and plates before anything else, as blur does."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillConfig(FilterConfig, ModelConfig, ShardConfig):
+    """The semi-automatic stage's first half: masks of detected boxes, for annotators to start from (paper §4)."""
+
+    boxes: str = option(help="JSON file of detected boxes, by image (docs/prefill.md).")
+    box_score_thresh: float = option(
+        0.0, bounds=(0, 1), identity=True, help="Least score of a box that becomes a prompt."
+    )
+    max_boxes: int = option(
+        300, bounds=(1, None), identity=True, help="Boxes of an image, those of highest score."
+    )
+    refine: bool = option(
+        True, identity=True, help="Prompt a second time, with the box's own mask fed back (§D.4)."
+    )
+
+    def identity_of_files(self) -> dict[str, Any]:
+        """The boxes: another file has other ones."""
+        return {"boxes": _sha256_of_boxes(self.boxes)}
+
+
+def _sha256_of_boxes(file: str) -> str:
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"boxes {file}: cannot be read: {error.strerror}") from None
+    return f"sha256 {hashlib.sha256(content).hexdigest()}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from sa_engine import masks as mask_ops
 from sa_engine import rle
 from sa_engine.config import MaskConfig
+from sa_engine.filters import passes, passes_iou
 from sa_engine.grids import Crop, crops, layer_grid
 from sa_engine.images import fit_short_side, resize_image, resize_region
 from sa_engine.masks import WindowMask
@@ -25,9 +26,6 @@ from sa_engine.modeling.sam import input_size
 from sa_engine.predictor import Embedding, Predictor
 from sa_engine.upsampling import Measures, Upsampler
 
-# On a CPU a few prompts' image tokens stay in cache (4 MB each in fp32, 2 in bf16); a GPU wants many at once.
-POINTS_PER_BATCH = {("cpu", "fp32"): 4, ("cpu", "bf16"): 8}
-DEFAULT_POINTS_PER_BATCH = 64
 # Crops embedded at once: one keeps all of a CPU's cores busy.
 CROPS_PER_BATCH = {"cpu": 1}
 DEFAULT_CROPS_PER_BATCH = 8
@@ -81,10 +79,7 @@ class MaskGenerator:
         self.predictor = predictor
         self.config = config
         device = predictor.sam.device.type
-        default_batch = POINTS_PER_BATCH.get(
-            (device, predictor.precision), DEFAULT_POINTS_PER_BATCH
-        )
-        self.points_per_batch = config.points_per_batch or default_batch
+        self.points_per_batch = config.points_per_batch or predictor.prompts_at_once
         self.crops_per_batch = CROPS_PER_BATCH.get(device, DEFAULT_CROPS_PER_BATCH)
 
     @torch.inference_mode()
@@ -162,7 +157,7 @@ class MaskGenerator:
             labels = np.ones((len(points), 1))
             attended = predictor.attend(embedding, points=points[:, None], labels=labels)
             predicted_iou = decoder.predict_iou(attended)[:, 1:].float()
-            wanted = self._passes_iou(predicted_iou)
+            wanted = passes_iou(predicted_iou, self.config)
             prompts = wanted.any(dim=1).nonzero()[:, 0]
             if not len(prompts):
                 return []
@@ -186,24 +181,13 @@ class MaskGenerator:
             candidates.append(Candidate(tuple(box), part, score, stability, point))
         return candidates
 
-    def _passes_iou(self, predicted_iou: Tensor) -> Tensor:
-        threshold = self.config.pred_iou_thresh
-        if threshold == 0:
-            return torch.ones_like(predicted_iou, dtype=torch.bool)
-        strict = self.config.rules == "reference"
-        return predicted_iou > threshold if strict else predicted_iou >= threshold
-
     def _passes(self, seen: Measures, crop: Crop, height: int, width: int) -> Tensor:
         """Which of N masks are stable, do not cover the image, and are not cut at an inner crop edge: (N,) bool."""
-        config, (x0, y0, _, _) = self.config, crop.box
-        keep = seen.areas > 0
-        if config.stability_score_thresh > 0:
-            keep &= seen.stability >= config.stability_score_thresh
-        if config.max_mask_coverage is not None:
-            keep &= seen.areas < config.max_mask_coverage * height * width
+        x0, y0, _, _ = crop.box
         boxes = seen.boxes + torch.tensor((x0, y0, x0, y0), device=seen.boxes.device)
-        tolerance = config.crop_edge_tolerance
-        return keep & ~mask_ops.touches_crop_edge(boxes, crop.box, height, width, tolerance)
+        tolerance = self.config.crop_edge_tolerance
+        cut = mask_ops.touches_crop_edge(boxes, crop.box, height, width, tolerance)
+        return passes(seen, self.config, height, width) & ~cut
 
     def _nms_across_crops(self, found: list[Found]) -> list[Found]:
         """Box NMS over all crops, from most to least zoomed in; then by predicted IoU, then in order of crops.

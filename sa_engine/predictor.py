@@ -21,6 +21,10 @@ from sa_engine.upsampling import Upsampler, cached_upsampler
 
 Prompt = np.ndarray | Tensor
 
+# On a CPU a few prompts' image tokens stay in cache (4 MB each in fp32, 2 in bf16); a GPU wants many at once.
+_PROMPTS_AT_ONCE = {("cpu", "fp32"): 4, ("cpu", "bf16"): 8}
+_DEFAULT_PROMPTS_AT_ONCE = 64
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -64,6 +68,12 @@ class Predictor:
                 positions = positions.bfloat16()
             self.decoder = FoldedDecoder(sam.mask_decoder, positions)
             self.no_mask = sam.prompt_encoder.no_mask()
+
+    @property
+    def prompts_at_once(self) -> int:
+        """How many prompts are best decoded in one batch."""
+        key = (self.sam.device.type, self.precision)
+        return _PROMPTS_AT_ONCE.get(key, _DEFAULT_PROMPTS_AT_ONCE)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -6,18 +6,17 @@ confident, stable, non-duplicate masks stay. ``sa_engine/generator.py`` does tha
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from sa_engine import runner
+from sa_engine.boxes import Boxes, extra_boxes
 from sa_engine.config import AutoConfig
-from sa_engine.errors import SaEngineError
 from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
+from sa_engine.model_stage import ModelStage, absolute
 from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
-from sa_engine.privacy.manual import Boxes, extra_boxes
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
 
 if TYPE_CHECKING:  # a finished run returns without importing torch
@@ -26,15 +25,7 @@ if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.privacy.redactor import Redacted, Redactor
 
 
-# Peak memory measured on a CPU with a 16-megapixel photo: 1.1 GB for vit_t (40 MB of weights), 1.5 for vit_b (375 MB),
-# 3.1 for vit_l (1.25 GB), 5.6 for vit_h (2.56 GB); the paper's setting takes 0.2 to 0.5 more (benchmarks/README.md).
-_MEMORY_WITHOUT_MODEL = 1_300_000_000
-_MEMORY_PER_WEIGHT_BYTE = 2
 _MEMORY_OF_DETECTORS = 700_000_000
-
-
-class ModelMismatch(SaEngineError):
-    """A worker found other weights under the checkpoint's name than the driver."""
 
 
 class Decoded(NamedTuple):
@@ -54,59 +45,32 @@ class Segmented(NamedTuple):
     redacted: "Redacted | None"  # of the original size
 
 
-@dataclass
-class AutoStage:
-    """The stage as the runner knows it; it travels to the workers with the driver's model fingerprint."""
+@dataclass(kw_only=True)
+class AutoStage(ModelStage):
+    """The stage as the runner knows it."""
 
-    checkpoint: str
     boxes: Boxes = field(default_factory=dict)
     name: str = "auto"
-    fingerprint: str | None = None
     detectors: dict[str, str] = field(default_factory=dict)
-    sam: "Sam | None" = field(default=None, repr=False)
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the model behind: a worker loads its own and compares fingerprints."""
-        return {**vars(self), "sam": None}
 
     def identity(self, config: AutoConfig) -> dict[str, str]:
         """Load the model, and the detectors of what must not be seen, and say which weights they have."""
         if not config.blur:
-            return {"model_fingerprint": self._load_sam()}
+            return {"model_fingerprint": self.load_model()}
         self.detectors = _load_redactor(config).identity()
-        return {"model_fingerprint": self._load_sam(), **self.detectors}
-
-    def _load_sam(self) -> str:
-        from sa_engine.modeling.sam import load_sam, model_fingerprint
-        from sa_engine.modeling.weights import resolve
-
-        self.sam = load_sam(resolve(self.checkpoint))
-        self.fingerprint = model_fingerprint(self.sam)
-        return self.fingerprint
+        return {"model_fingerprint": self.load_model(), **self.detectors}
 
     def worker_memory(self, config: AutoConfig) -> int:
-        """Peak memory of a worker, from the size of its weights."""
-        from sa_engine.modeling.weights import size_of
-
-        weights = _MEMORY_PER_WEIGHT_BYTE * size_of(self.checkpoint)
-        return _MEMORY_WITHOUT_MODEL + weights + config.blur * _MEMORY_OF_DETECTORS
+        """Peak memory of a worker."""
+        return self.model_memory() + config.blur * _MEMORY_OF_DETECTORS
 
     def make_worker(self, config: AutoConfig) -> "AutoWorker":
         """Load the model in this process and check that it is the driver's."""
-        expected, sam = self.fingerprint, self.sam
-        if sam is None:
-            found = self._load_sam()
-            sam = self.sam
-            if expected not in (None, found):
-                raise ModelMismatch(
-                    f"checkpoint {self.checkpoint} has other weights on this worker (fingerprint "
-                    f"{found[:12]}) than on the driver ({str(expected)[:12]}): give both the same file"
-                )
-        assert sam is not None and self.fingerprint is not None
+        sam, fingerprint = self.model_of_worker()
         redactor = _load_redactor(config) if config.blur else None
         if redactor is not None and self.detectors:
             redactor.check_same(self.detectors)
-        return AutoWorker(sam, self.fingerprint, config, redactor, self.boxes)
+        return AutoWorker(sam, fingerprint, config, redactor, self.boxes)
 
 
 class AutoWorker:
@@ -231,7 +195,7 @@ def describe(config: AutoConfig, start: runner.Start = runner.RESUME) -> runner.
 
 def _stage(config: AutoConfig) -> AutoStage:
     boxes = extra_boxes(config, config) if config.blur else {}
-    return AutoStage(_absolute(config.checkpoint), boxes)
+    return AutoStage(checkpoint=absolute(config.checkpoint), boxes=boxes)
 
 
 def _load_redactor(config: AutoConfig) -> "Redactor":
@@ -239,10 +203,3 @@ def _load_redactor(config: AutoConfig) -> "Redactor":
 
     device = "cpu" if config.device == "cpu" else "auto"
     return load_redactor(config, config.threads_per_worker or 1, device)
-
-
-def _absolute(checkpoint: str) -> str:
-    """A checkpoint file or round by its absolute path, since workers run elsewhere; a model name as it is."""
-    from sa_engine.modeling.weights import local_file
-
-    return str(Path(checkpoint).expanduser().absolute()) if local_file(checkpoint) else checkpoint

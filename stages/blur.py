@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sa_engine import runner
+from sa_engine.boxes import Boxes, extra_boxes
 from sa_engine.config import BlurConfig
 from sa_engine.images import decode_image, encode_as, read_icc
 from sa_engine.partial import Finished, finished_redaction
 from sa_engine.plan import PlannedImage
-from sa_engine.privacy.manual import Boxes, extra_boxes
 
 if TYPE_CHECKING:
     from sa_engine.privacy.redactor import Redacted, Redactor

@@ -13,6 +13,7 @@ from sa_engine.config import (
     ConfigError,
     IngestConfig,
     MaskConfig,
+    PrefillConfig,
     PrivacyConfig,
     ShardConfig,
     fingerprint,
@@ -54,6 +55,12 @@ def test_ingest_yaml_lists_every_option() -> None:
     paths = {**PATHS, "annotations": "export.json"}
     defaults = to_dict(IngestConfig(**paths))
     assert listed("ingest.yaml") == {k: v for k, v in defaults.items() if k not in paths}
+
+
+def test_prefill_yaml_lists_every_option() -> None:
+    paths = {**PATHS, "boxes": "boxes.json"}
+    defaults = to_dict(PrefillConfig(**paths))
+    assert listed("prefill.yaml") == {k: v for k, v in defaults.items() if k not in paths}
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def main() -> None:
 
 for command in (
     stages.ingest,
+    stages.prefill,
     stages.retrain,
     stages.auto,
     stages.blur,

@@ -24,6 +24,8 @@ from sa_engine.config import (
     BlurConfig,
     Config,
     IngestConfig,
+    ModelConfig,
+    PrefillConfig,
     PrivacyConfig,
     load_config,
     to_yaml,
@@ -65,6 +67,21 @@ def ingest(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
     give them; what has no counterpart is listed and refused.
     """
     _run_stage("ingest", IngestConfig, file, sets, flags)
+
+
+@click.command()
+@run_flags(PrefillConfig)
+@flag(PrefillConfig, "boxes", metavar="FILE")
+@flag(PrefillConfig, "checkpoint", metavar="NAME|FILE|ROUND")
+@flag(PrefillConfig, "device", metavar="DEVICE")
+@flag(PrefillConfig, "precision", type=click.Choice(["fp32", "bf16"]))
+def prefill(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
+    """Draw masks of detected boxes, for annotators to start from.
+
+    This is the first half of the paper's semi-automatic stage. Run it again with the same options to
+    resume it.
+    """
+    _run_stage("prefill", PrefillConfig, file, sets, flags)
 
 
 @click.command()
@@ -149,7 +166,7 @@ def _tell_notes(config: Config) -> None:
     from sa_engine import rounds
     from sa_engine.privacy.notes import notes
 
-    told = rounds.notes(config.checkpoint) if isinstance(config, AutoConfig) else []
+    told = rounds.notes(config.checkpoint) if isinstance(config, ModelConfig) else []
     if isinstance(config, PrivacyConfig) and getattr(config, "blur", True):
         told += notes(config)
     for note in told:

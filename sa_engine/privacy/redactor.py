@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from sa_engine.boxes import BoxesError
 from sa_engine.config import PrivacyConfig
 from sa_engine.errors import SaEngineError
 from sa_engine.privacy.detectors import Detector, DetectorError
 from sa_engine.privacy.faces import load_face_detector
-from sa_engine.privacy.manual import BoxesError
 from sa_engine.privacy.plates import load_plate_detector
 from sa_engine.privacy.pyramid import Search, search
 from sa_engine.privacy.redact import Box, coverage, grow, redact, redacted_area

@@ -1,4 +1,4 @@
-"""Regions that a person names, by image: `--boxes extra.json`."""
+"""Boxes given by image in a file: regions to redact, or what a detector found: `--boxes FILE`."""
 
 import json
 import math
@@ -16,8 +16,12 @@ class BoxesError(SaEngineError):
     """A file of regions that cannot be read, or that names an image which is not there."""
 
 
-def read_boxes(file: Path) -> Boxes:
+def read_boxes(file: Path, scored: bool = False) -> Boxes:
     """Read `{"sub/photo.jpg": [[x0, y0, x1, y1], ...], ...}`, pixels of the upright photo.
+
+    Args:
+        file: JSON.
+        scored: a box may have its score, 0 to 1, as a fifth number.
 
     Returns:
         The boxes by image.
@@ -33,24 +37,22 @@ def read_boxes(file: Path) -> Boxes:
         raise BoxesError(f"boxes {file}: names {error} twice") from None
     except (ValueError, RecursionError) as error:
         raise BoxesError(f"boxes {file}: not JSON: {error}") from None
-    expected = 'expected {"folder/photo.jpg": [[left, top, right, bottom], ...], ...} in pixels'
+    numbers = "left, top, right, bottom" + ", score from 0 to 1" * scored
+    expected = f'expected {{"folder/photo.jpg": [[{numbers}], ...], ...}} in pixels'
     if not isinstance(content, dict):
         raise BoxesError(f"boxes {file}: holds a {type(content).__name__}; {expected}")
     for key, boxes in content.items():
-        if not isinstance(boxes, list) or not all(map(_is_box, boxes)):
+        if not isinstance(boxes, list) or not all(_is_box(box, scored) for box in boxes):
             raise BoxesError(f"boxes {file}: {key} has {json.dumps(boxes)[:100]}; {expected}")
     return content
 
 
-def extra_boxes(config: PrivacyConfig, run: RunConfig) -> Boxes:
-    """The regions of the file that a stage was given, if it was, by image of its run.
+def boxes_of_run(file: Path, run: RunConfig, scored: bool = False) -> Boxes:
+    """The boxes of a file, by image of a run.
 
-    Raises BoxesError if a region's image is none of the run's: a misspelt name would redact nothing.
+    Raises BoxesError also if a box's image is none of the run's: a misspelt name would be nothing at all.
     """
-    if config.extra_boxes is None:
-        return {}
-    file = Path(config.extra_boxes)
-    boxes = read_boxes(file)
+    boxes = read_boxes(file, scored)
     unknown = sorted(set(boxes) - set(planned_keys(run)))
     if unknown:
         raise BoxesError(
@@ -58,6 +60,11 @@ def extra_boxes(config: PrivacyConfig, run: RunConfig) -> Boxes:
             f"({len(unknown)} such names): names are paths below --images"
         )
     return boxes
+
+
+def extra_boxes(config: PrivacyConfig, run: RunConfig) -> Boxes:
+    """The regions to redact of the file that a stage was given, if it was. Raises BoxesError."""
+    return {} if config.extra_boxes is None else boxes_of_run(Path(config.extra_boxes), run)
 
 
 class _Twice(Exception):
@@ -73,11 +80,12 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return content
 
 
-def _is_box(box: object) -> bool:
+def _is_box(box: object, scored: bool) -> bool:
     return (
         isinstance(box, list)
-        and len(box) == 4
+        and len(box) in ((4, 5) if scored else (4,))
         and all(type(side) in (int, float) and math.isfinite(side) for side in box)
         and box[0] < box[2]
         and box[1] < box[3]
+        and (len(box) == 4 or 0 <= box[4] <= 1)
     )
