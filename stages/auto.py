@@ -13,11 +13,11 @@ import numpy as np
 from sa_engine import runner
 from sa_engine.boxes import Boxes, extra_boxes
 from sa_engine.config import AutoConfig
-from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
-from sa_engine.model_stage import ModelStage, absolute
+from sa_engine.images import decode_image
+from sa_engine.model_stage import ModelStage, absolute, at_released_size, released_image
 from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
-from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
+from sa_engine.records import ImageRecord, MaskRecord, mask_id
 
 if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.generator import GeneratedMask
@@ -100,7 +100,7 @@ class AutoWorker:
     def prepare(self, item: PlannedImage, data: bytes) -> Decoded:
         """Decode a photo and scale it to the released size."""
         image = decode_image(data)
-        released = image if self.redactor else self._at_released_size(image)
+        released = image if self.redactor else at_released_size(image, self.config)
         return Decoded(image, released, hashlib.sha256(data).hexdigest())
 
     def process(self, item: PlannedImage, prepared: Decoded) -> Segmented:
@@ -110,29 +110,18 @@ class AutoWorker:
             boxes = self.boxes.get(item.key, [])
             redacted = self.redactor.redact(image, boxes, lambda seen: (b"", seen))
             image = redacted.image
-            released = self._at_released_size(image)
+            released = at_released_size(image, self.config)
         return Segmented(
             released, prepared.sha256, self.generator.generate(image, released), redacted
         )
 
     def finish(self, item: PlannedImage, result: Segmented) -> Finished:
         """Make the record and the released JPEG."""
-        height, width = result.released.shape[:2]
-        record = ImageRecord(
-            image_id=item.image_id,
-            width=width,
-            height=height,
-            file_name=image_name(item.image_id),
-            source_path=item.key,
-            sha256=result.sha256,
-            masks=tuple(
-                mask_record(mask_id(item.image_id, i), mask, self.fingerprint)
-                for i, mask in enumerate(result.masks)
-            ),
-        )
-        jpeg = None
-        if self.config.write_images:
-            jpeg = encode_jpeg(result.released, self.config.jpeg_quality)
+        masks = [
+            mask_record(mask_id(item.image_id, i), mask, self.fingerprint)
+            for i, mask in enumerate(result.masks)
+        ]
+        record, jpeg = released_image(item, result.released, result.sha256, masks, self.config)
         if result.redacted is None:
             return finished_record(record, jpeg)
         return self._finish_redacted(item, result, record, jpeg)
@@ -156,10 +145,6 @@ class AutoWorker:
         )
         boxes = [region.box for region in result.redacted.regions]
         return finished_record(flag_redacted(record, boxes, height, width), jpeg, audit)
-
-    def _at_released_size(self, image: np.ndarray) -> np.ndarray:
-        height, width = fit_short_side(image.shape[0], image.shape[1], self.config.short_side)
-        return resize_image(image, height, width)
 
 
 def mask_record(number: int, mask: "GeneratedMask", fingerprint: str) -> MaskRecord:

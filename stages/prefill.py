@@ -14,11 +14,11 @@ import numpy as np
 from sa_engine import runner
 from sa_engine.boxes import Boxes, BoxesError, boxes_of_run
 from sa_engine.config import PrefillConfig
-from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
-from sa_engine.model_stage import ModelStage, absolute
+from sa_engine.images import decode_image
+from sa_engine.model_stage import ModelStage, absolute, at_released_size, released_image
 from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
-from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
+from sa_engine.records import MaskRecord, mask_id
 
 if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.modeling.sam import Sam
@@ -80,8 +80,7 @@ class PrefillWorker:
     def prepare(self, item: PlannedImage, data: bytes) -> Decoded:
         """Decode a photo, and scale it and its boxes to the released size."""
         image = decode_image(data)
-        size = fit_short_side(image.shape[0], image.shape[1], self.config.short_side)
-        released = resize_image(image, *size)
+        released = at_released_size(image, self.config)
         boxes, scores = _arrays(self.boxes.get(item.key, []), image.shape[0], image.shape[1])
         scale = np.array(released.shape[1::-1]) / image.shape[1::-1]
         return Decoded(
@@ -96,21 +95,11 @@ class PrefillWorker:
     def finish(self, item: PlannedImage, result: Prefilled) -> Finished:
         """Make the record and the released JPEG."""
         height, width = result.released.shape[:2]
-        record = ImageRecord(
-            image_id=item.image_id,
-            width=width,
-            height=height,
-            file_name=image_name(item.image_id),
-            source_path=item.key,
-            sha256=result.sha256,
-            masks=tuple(
-                mask_record(mask_id(item.image_id, i), mask, height, width, self.fingerprint)
-                for i, mask in enumerate(result.masks)
-            ),
-        )
-        jpeg = None
-        if self.config.write_images:
-            jpeg = encode_jpeg(result.released, self.config.jpeg_quality)
+        masks = [
+            mask_record(mask_id(item.image_id, i), mask, height, width, self.fingerprint)
+            for i, mask in enumerate(result.masks)
+        ]
+        record, jpeg = released_image(item, result.released, result.sha256, masks, self.config)
         return finished_record(record, jpeg)
 
 
