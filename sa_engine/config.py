@@ -327,6 +327,9 @@ class IngestConfig(ShardConfig):
     allow_unmatched: bool = option(
         False, identity=True, help="Leave out photos without annotations, and the other way round."
     )
+    prefill: str | None = option(
+        None, help="Run that was handed out with its masks: says what became of each (stage 2)."
+    )
     max_failed: float = option(
         0.0, bounds=(0, 1), help="Share of images that may fail before the exit code is 3."
     )
@@ -340,8 +343,17 @@ class IngestConfig(ShardConfig):
             )
 
     def identity_of_files(self) -> dict[str, Any]:
-        """The annotations: other ones are another run."""
-        return {"annotations": f"sha256 {self._sha256}"}
+        """The annotations, and the masks that annotators were shown: other ones are another run."""
+        return {"annotations": f"sha256 {self._sha256}", "prefill": self._prefill_fingerprint}
+
+    @cached_property
+    def _prefill_fingerprint(self) -> str | None:
+        if self.prefill is None:
+            return None
+        from sa_engine.returns import fingerprint_of_prefill
+        from sa_engine.storage import location
+
+        return fingerprint_of_prefill(location(self.prefill))
 
     @cached_property
     def _sha256(self) -> str:

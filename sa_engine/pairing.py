@@ -40,7 +40,7 @@ class ImageIndex:
         self.rest: dict[str, ImageRecord] = {}
         self._copies: defaultdict[str, list[str]] = defaultdict(list)
         for record in records:
-            name = _stem(record.source_path or record.file_name)
+            name = stem(record.source_path or record.file_name)
             if name in self.rest:
                 raise PairingError(f"{out} has {name} twice: take a run in which names differ")
             self.rest[name] = record
@@ -57,7 +57,7 @@ class ImageIndex:
         Raises:
             PairingError: an image of two sizes.
         """
-        names = [_stem(record.source_path or ""), _stem(record.file_name)]
+        names = [stem(record.source_path or ""), stem(record.file_name)]
         copies = self._copies[record.sha256] if record.sha256 else []
         # Of copies of a photo, first the one of the same name.
         names = [*sorted(copies, key=lambda name: name != names[0]), *names]
@@ -70,7 +70,8 @@ class ImageIndex:
         return other
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
+    """A photo's path without its suffix, under which its picture may be found again."""
     return str(PurePosixPath(name).with_suffix("")) if name else ""
 
 

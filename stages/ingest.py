@@ -22,12 +22,14 @@ from sa_engine.formats.matching import match_images
 from sa_engine.formats.model import AnnotatedImage, Annotation, FormatError, Parsed, Runs
 from sa_engine.formats.raster import rasterize
 from sa_engine.images import decode_image, encode_jpeg, read_orientation, upright_mask
+from sa_engine.pairing import PairingError
 from sa_engine.partial import LEFT_OUT, Failure, Finished, finished_record, one_line
 from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
+from sa_engine.returns import PrefilledRun
 from sa_engine.rle import RLE
 from sa_engine.run_dir import images_folder, planned_keys
-from sa_engine.storage import AnyPath, RunError, sha256_file
+from sa_engine.storage import AnyPath, RunError, location, sha256_file
 
 _READERS = 8
 _MEMORY = 1_500_000_000
@@ -98,6 +100,7 @@ class IngestWorker:
     ) -> None:
         self.matched = matched
         self.config = config
+        self.prefilled = None if config.prefill is None else PrefilledRun(location(config.prefill))
         files = {id(parsed): parsed for _, parsed in matched.values()}
         self.crowds_kept = {
             number: keeps_crowds(parsed, config.crowd) for number, parsed in files.items()
@@ -154,10 +157,33 @@ class IngestWorker:
                 for index, (annotation, mask) in enumerate(result.masks)
             ),
         )
+        left_out = list(result.left_out)
+        if self.prefilled is not None:
+            record, deleted = self._sorted(record, self.prefilled)
+            left_out += [
+                _left_out(item, "prefilled masks", f"the annotator deleted mask {mask.id}")
+                for mask in deleted
+            ]
         jpeg = None
         if self.config.write_images:
             jpeg = encode_jpeg(result.photo.image, self.config.jpeg_quality)
-        return finished_record(record, jpeg, left_out=result.left_out)
+        return finished_record(record, jpeg, left_out=left_out)
+
+    def _sorted(
+        self, record: ImageRecord, prefilled: PrefilledRun
+    ) -> tuple[ImageRecord, list[MaskRecord]]:
+        """What became of the masks that annotators were shown, see `PrefilledRun.sort`."""
+        found = prefilled.sort(record)
+        if found is not None:
+            return found
+        if not self.config.allow_unmatched:
+            raise PairingError(
+                f"{prefilled.out} has no such image, by its photo's content or name: --prefill names the run that was "
+                "handed out; --allow-unmatched takes all masks of the image as added"
+            )
+        return replace(
+            record, masks=tuple(replace(one, edit_status="added") for one in record.masks)
+        ), []
 
     def _record(
         self, item: PlannedImage, index: int, annotation: Annotation, mask: RLE
@@ -175,7 +201,7 @@ class IngestWorker:
             stability_score=annotation.stability_score,
             point_coords=annotation.point_coords,
             crop_box=annotation.crop_box,
-            source=self.config.source,
+            source=self.config.source if self.prefilled is None else "semi-automatic",
             annotator=annotation.annotator or self.config.annotator,
             tool=parsed.tool or self.config.tool,
             time_s=annotation.time_s,
@@ -288,7 +314,8 @@ def run(config: IngestConfig, start: runner.Start = runner.RESUME) -> runner.Rep
     """
     stage = IngestStage()
     # Workers may run elsewhere. A config of its own: what it knows of the annotations is of this start.
-    config = replace(config, annotations=str(Path(config.annotations).absolute()))
+    prefill = None if config.prefill is None else str(location(config.prefill))
+    config = replace(config, annotations=str(Path(config.annotations).absolute()), prefill=prefill)
     report = runner.run(stage, config, lambda: stage.identity(config), start)
     return replace(report, ignored={**report.ignored, **stage.left_out})
 

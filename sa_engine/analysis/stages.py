@@ -30,13 +30,17 @@ class StageRow:
         self.runs: list[str] = []
         self._per_image, self._ticks = Tally(), Tally()
         self._seconds, self._too_long = 0.0, 0
+        self._edits: Counter[str] = Counter()
+        self._added_seconds: list[float] = []
 
-    def add(self, run: str, masks: int, seconds: list[float]) -> None:
-        """Take in an image: the number of its masks, and the known times of them."""
+    def add(self, run: str, timed: list[tuple[MaskRecord, float | None]]) -> None:
+        """Take in an image: its masks, and the known times of them."""
         if run not in self.runs:
             self.runs.append(run)
-        self._per_image.add(masks)
-        for value in seconds:
+        self._per_image.add(len(timed))
+        self._edits.update(mask.edit_status for mask, _ in timed if mask.edit_status)
+        self._added_seconds += _known([one for one in timed if one[0].edit_status == "added"])
+        for value in _known(timed):
             self._ticks.add(round(value * _TICKS))
             self._seconds += value
             self._too_long += value > TOO_LONG_S
@@ -69,6 +73,19 @@ class StageRow:
             "seconds_per_mask_median": None if middle is None else middle / _TICKS,
             "seconds_per_mask_mean": self._seconds / self.timed if self.timed else None,
             "share_above_30_s": self._too_long / self.timed if self.timed else None,
+            **self._returned(),
+        }
+
+    def _returned(self) -> dict[str, float | None]:
+        """What became of prefilled masks (§4, stage 2); None if nothing was prefilled."""
+        edits, added = self._edits, self._added_seconds
+        prefilled = edits["kept"] + edits["edited"]
+        known = self.images if edits else 0
+        return {
+            "masks_per_image_prefilled": prefilled / known if known else None,
+            "masks_per_image_added": edits["added"] / known if known else None,
+            "share_kept": edits["kept"] / prefilled if prefilled else None,
+            "seconds_per_added_mask_mean": sum(added) / len(added) if added else None,
         }
 
 
@@ -87,11 +104,11 @@ class StageTable:
         for mask, seconds in zip(record.masks, mask_seconds(record.masks), strict=True):
             groups.setdefault((mask.source or "unknown", mask.round), []).append((mask, seconds))
         for key, timed in groups.items():
-            self._rows.setdefault(key, StageRow(key)).add(run, len(timed), _known(timed))
+            self._rows.setdefault(key, StageRow(key)).add(run, timed)
             for name in sorted({mask.annotator for mask, _ in timed if mask.annotator is not None}):
                 own = [(mask, seconds) for mask, seconds in timed if mask.annotator == name]
                 row = self._annotators.setdefault((key, name), StageRow(key, name))
-                row.add(run, len(own), _known(own))
+                row.add(run, own)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per source and round, with the masks up to and with it."""

@@ -18,12 +18,21 @@ _HEADS = {
     "share_above_30_s": "> 30 s",
     "masks_timed": "timed",
 }
+# Of stages whose photos were prefilled, where there is one.
+_RETURNED = {
+    "masks_per_image_prefilled": "prefilled per image",
+    "masks_per_image_added": "added",
+    "share_kept": "kept",
+    "seconds_per_added_mask_mean": "s/added",
+}
 
 
 def table_cells(rows: list[dict[str, Any]], stages: bool) -> list[list[str]]:
     """The stages' rows, or the annotators', as text, heads first; what is not known is blank."""
-    names = [name for name in _HEADS if name != ("annotator" if stages else "masks_cumulative")]
-    return [[_HEADS[n] for n in names], *([cell(n, row[n]) for n in names] for row in rows)]
+    prefilled = any(row["masks_per_image_prefilled"] is not None for row in rows)
+    heads = _HEADS | _RETURNED if prefilled else _HEADS
+    names = [name for name in heads if name != ("annotator" if stages else "masks_cumulative")]
+    return [[heads[n] for n in names], *([cell(n, row[n]) for n in names] for row in rows)]
 
 
 def summary_cells(sets: list[Figures]) -> list[list[str]]:

@@ -60,6 +60,7 @@ def auto(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
 @flag(IngestConfig, "round")
 @flag(IngestConfig, "crowd", type=click.Choice(["auto", "keep", "drop"]))
 @flag(IngestConfig, "allow_unmatched")
+@flag(IngestConfig, "prefill", metavar="DIR|URI")
 def ingest(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
     """Take masks that annotators drew into shards.
 
