@@ -9,6 +9,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sa_engine.config import ConfigError, identity_values, to_dict
@@ -40,6 +41,7 @@ from sa_engine.storage import (
     told_if_output_fails,
 )
 from sa_engine.training import gate
+from sa_engine.training.calibrate import Calibration, calibrate
 from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import TrainingData
 from sa_engine.training.loop import masks_per_decode
@@ -53,6 +55,7 @@ from sa_engine.training.validation import BOX, MEAN
 from sa_engine.training.worker import METRICS, Job, first_model, read_metrics, work
 
 CURVES = "curves.png"
+CALIBRATION_IMAGES, CALIBRATION_MASKS = 24, 16
 _OURS = ("model.safetensors", INFO, METRICS, CURVES, "_run")
 
 
@@ -204,6 +207,9 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
     sam, parent = first_model(config)
     kept = state.best if config.keep == "best" else None
     sam.load_state_dict(state.model if kept is None else kept[1])
+    metrics = _validation_metrics(config, state)
+    if config.calibrate_iou:
+        metrics["iou_calibration"] = _calibrate(planned, sam).to_dict()
     info = RoundInfo(
         **model_facts(sam),
         parent=parent,
@@ -211,12 +217,26 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
         config=to_dict(config),
         iterations=state.iteration,
         seconds=state.seconds,
-        metrics=_validation_metrics(config, state),
+        metrics=metrics,
         gate=_judge(planned, sam) if planned.gate else None,
     )
     atomic_write(paths.out / CURVES, plot_curves(read_metrics(paths)))
     write_model(Path(config.out), sam, info)
     return info
+
+
+def _calibrate(planned: Plan, sam: Sam) -> Calibration:
+    """Put the new model's predicted IoUs on the scale of the one it started from, on images of the training."""
+    config, data = planned.config, planned.data
+    device = select_device(config.device)
+    rng = np.random.default_rng(config.seed)
+    drawn = rng.permutation(len(data))[:CALIBRATION_IMAGES].tolist()
+    samples = (data.load(index, rng, max_masks=CALIBRATION_MASKS) for index in drawn)
+    used = (sample for sample in samples if sample is not None)
+    parent = load_sam(resolve(config.init), device)
+    done = calibrate(sam.to(device), parent, used, config.precision)
+    sam.cpu()
+    return done
 
 
 def _judge(planned: Plan, sam: Sam) -> Verdict:

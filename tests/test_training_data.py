@@ -259,7 +259,7 @@ def test_the_fingerprint_is_of_the_photos_and_masks(many: Path, tmp_path: Path) 
             assert digest == hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["mean", "box", "iteration"])
+@pytest.mark.parametrize("name", ["box", "iteration"])
 def test_a_run_may_be_called_as_a_figure_of_a_validation(
     many: Path, tmp_path: Path, name: str
 ) -> None:

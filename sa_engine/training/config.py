@@ -195,6 +195,9 @@ class RetrainConfig(ModelOptions, SimulationOptions, OptimizerOptions, DataOptio
     data: tuple[str, ...] = option(help="Runs of shards whose masks are trained on.")
     out: str = option(help="Folder for the round; a round owns its folder.")
     seed: int = option(0, bounds=(0, None), identity=True, help="Of all random choices.")
+    calibrate_iou: bool = option(
+        False, identity=True, help="Afterwards, put predicted IoUs on the first model's scale."
+    )
     keep: Literal["last", "best"] = option(
         "last", identity=True, help="Which weights: the last, or best on the validation images."
     )

@@ -20,10 +20,9 @@ from sa_engine.records import SOURCES, ImageRecord
 from sa_engine.storage import AnyPath
 from sa_engine.training.frame import Frame
 from sa_engine.training.scan import RunSummary, Scan, TrainingDataError, scan_runs
-from sa_engine.training.validation import MEAN
 
-# What stands beside the data sets' names in a validation's figures.
-_TAKEN = ("iteration", MEAN, BOX)
+# What stands beside the data sets' names in a validation's figures; "mean" is no name of any data set.
+_TAKEN = ("iteration", BOX)
 
 __all__ = ["RunSummary", "Sample", "TrainingData", "TrainingDataError"]
 

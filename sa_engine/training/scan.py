@@ -153,7 +153,7 @@ def scan_runs(
     """
     parts = []
     for run, (out, holds) in enumerate(zip(outs, kept_from_training(outs), strict=True)):
-        for table in iter_tables(out, _COLUMNS):
+        for _, table in iter_tables(out, _COLUMNS):
             parts.append(
                 _images(table, holds, salt, run) | _masks(table, max_mask_coverage, weights)
             )
