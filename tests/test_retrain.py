@@ -111,13 +111,17 @@ def test_a_finished_round_is_left_alone(
 
 
 def test_the_next_round_has_the_first_as_its_parent(
-    done: tuple[Path, Result], shards: Path, folder: Path
+    done: tuple[Path, Result], shards: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = done
+    monkeypatch.setattr("stages.retrain.CALIBRATION_IMAGES", 1)
+    monkeypatch.setattr("sa_engine.training.calibrate.POINTS_PER_SIDE", 2)
     out = folder / "rounds" / "02"
     result = invoke(*arguments(shards, folder, "--init", str(first), "--out", str(out), "--iterations", "1",
-                               "--set", "validation=0"))  # fmt: skip
+                               "--set", "validation=0", "--set", "calibrate_iou=true"))  # fmt: skip
     assert result.exit_code == 0, result.output
+    lines = json.loads((out / "model.json").read_text())["metrics"]["iou_calibration"]
+    assert lines["multimask"]["scale"] > 0 and lines["single"]["scale"] > 0
     assert [(one.name, one.parent) for one in lineage(folder / "rounds").rounds] == [
         ("01", None),
         ("02", "01"),

@@ -1,6 +1,5 @@
 """Training on a small model, whole: it learns, and stops, resumes and spreads over workers without a trace."""
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -119,27 +118,6 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(run: Path, tmp_p
     expected = weights(whole)
     for name, value in weights(resumed).items():
         assert torch.equal(value, expected[name]), name
-
-
-def test_predicted_iou_stays_that_of_the_model_at_the_start(run: Path) -> None:
-    # Boxes, and masks of one output: nothing to be put in order.
-    options = {"train_encoder": False, "dropout": 0.0, "iterations": 3, "log_every": 1, "box_odds": 1.0,
-               "box_multimask": False}  # fmt: skip
-    trainer, (first, *later) = train(run, iou_target="parent", **options)
-    assert first["iou"] < 1e-10 and all(line["iou"] > 1e-10 for line in later)
-    before, parent = small_sam(), trainer.parent
-    assert parent is not None and parent.image_encoder is trainer.sam.image_encoder
-    for name, value in parent.state_dict().items():
-        assert torch.equal(value, before.state_dict()[name]), name
-    assert train(run, **options)[1][0]["iou"] > 1e-3
-    # One that goes on asks the model at the start, not the one it goes on from.
-    save: list[Any] = []
-    half, _ = train(run, lambda state: save.append(copy.deepcopy(state)), save_every=1,
-                    iou_target="parent", **{**options, "iterations": 2})  # fmt: skip
-    assert half.state.iteration == 2
-    resumed, _ = train(run, state=save[-1], iou_target="parent", **options)
-    for name, value in weights(resumed).items():
-        assert torch.equal(value, weights(trainer)[name]), name
 
 
 def test_two_workers_take_the_same_steps_as_one(run: Path) -> None:

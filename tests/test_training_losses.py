@@ -95,24 +95,6 @@ def test_predicted_iou_learns_the_true_one(drawn: tuple[torch.Tensor, torch.Tens
     torch.testing.assert_close(best.iou, (iou - true)[rows, best.best] ** 2)
 
 
-def test_predicted_iou_learns_the_parents_values_in_the_true_order(
-    drawn: tuple[torch.Tensor, torch.Tensor],
-) -> None:
-    logits, masks = drawn
-    iou, parent = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1))
-    outputs = torch.tensor([[False, True, True, True]] * 2 + [[True, False, False, False]])
-    losses = prompt_losses(logits, iou, outputs, masks, LossRules(), parent)
-    for row in range(3):
-        own = [output for output in range(4) if outputs[row, output]]
-        best_first = sorted(own, key=lambda output: -losses.true_iou[row, output])
-        values = sorted((float(parent[row, output]) for output in own), reverse=True)
-        wrong = [
-            (float(iou[row, one]) - value) ** 2
-            for one, value in zip(best_first, values, strict=True)
-        ]
-        assert float(losses.iou[row]) == pytest.approx(sum(wrong) / len(own), rel=1e-5)
-
-
 def test_temperature_divides_what_the_losses_of_masks_see(
     drawn: tuple[torch.Tensor, torch.Tensor],
 ) -> None:

@@ -75,11 +75,6 @@ class SimulationOptions(Config):
     iou_of_all: bool = option(
         True, identity=True, help="Train the predicted IoU of all masks, not of the best alone."
     )
-    iou_target: Literal["truth", "parent"] = option(
-        "truth",
-        identity=True,
-        help="Of the predicted IoU: the IoU with the truth, or the first model's values in its order.",
-    )
     loss_temperature: float = option(
         1.0, bounds=(0.01, None), identity=True, help="By which logits are divided before losses."
     )
@@ -250,11 +245,6 @@ class RetrainConfig(ModelOptions, SimulationOptions, OptimizerOptions, DataOptio
             raise ConfigError("data is empty: give --data with a run of shards")
         if self.keep == "best" and not self.validation:
             raise ConfigError("keep = best needs validation images: set validation, as to 0.1")
-        if self.iou_target == "parent" and (self.train_encoder or self.decoder_depth is not None):
-            raise ConfigError(
-                "iou_target = parent asks the model at the start about the same embeddings: it needs "
-                "train_encoder = false and no decoder_depth"
-            )
         if self.cached and self.jitter:
             raise ConfigError(
                 "jitter changes every image, and embeddings are cached: leave out jitter, or set "

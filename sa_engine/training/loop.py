@@ -4,7 +4,6 @@ Workers share the images of a step. They add up the gradients of the losses' sum
 number of masks in the whole batch: any number of workers takes the same steps.
 """
 
-import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -110,7 +109,6 @@ class Trainer:
     ) -> None:
         self.config, self.group, self.sam, self.data = config, group, sam, data
         self.cache, self.validation = cache, validation
-        self.parent = _frozen_copy(sam) if config.iou_target == "parent" else None
         set_trainable(sam, config)
         self.optimizer = make_optimizer(sam, config)
         self.simulation = simulation_of(config, group.device)
@@ -209,7 +207,7 @@ class Trainer:
             with tally.timed("encoder", self.group.device):
                 embedding = self._embed(loaded)
             leaf = embedding.detach().requires_grad_(embedding.requires_grad)
-            self.simulation.train(self.sam, leaf, sample.masks, rng, tally, self.parent)
+            self.simulation.train(self.sam, leaf, sample.masks, rng, tally)
             if embedding.requires_grad:
                 with tally.timed("encoder", self.group.device):
                     embedding.backward(leaf.grad)
@@ -295,14 +293,6 @@ class Trainer:
             if scores[-1] >= max(scores):
                 weights = {name: value.clone() for name, value in self.sam.state_dict().items()}
                 state.best = (state.iteration, weights)
-
-
-def _frozen_copy(sam: Sam) -> Sam:
-    """The model as it is, with the same image encoder, which is frozen too."""
-    copied = copy.deepcopy(sam, {id(sam.image_encoder): sam.image_encoder})
-    for module in (copied.prompt_encoder, copied.mask_decoder):
-        module.eval().requires_grad_(False)
-    return copied
 
 
 def _ratio(value: float, count: float) -> float | None:

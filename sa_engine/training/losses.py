@@ -47,7 +47,6 @@ def prompt_losses(
     outputs: Tensor,
     masks: Tensor,
     rules: LossRules,
-    parent_iou: Tensor | None = None,
 ) -> Losses:
     """Losses of the masks that came of each of B prompts: of the best of them, by focal and dice loss.
 
@@ -57,8 +56,6 @@ def prompt_losses(
         outputs: (B, M) bool, which of the M masks are a prompt's output; the others cost nothing.
         masks: (B, H, W) bool, the truth.
         rules: weights.
-        parent_iou: (B, M), another model's predicted IoUs of the same prompts: the predicted IoU is trained towards
-            these, in the order of the IoUs with the truth (`ranked`); None: towards the IoUs with the truth.
     """
     logits, predicted_iou = logits.float(), predicted_iou.float()
     truth = masks[:, None].expand_as(logits)
@@ -68,19 +65,11 @@ def prompt_losses(
     weighted = rules.focal * focal + rules.dice * dice
     best = weighted.detach().masked_fill(~outputs, torch.inf).argmin(dim=1, keepdim=True)
     true_iou = mask_iou(logits.detach() > 0, truth)
-    target = true_iou if parent_iou is None else ranked(parent_iou.float(), true_iou, outputs)
-    squared = (predicted_iou - target) ** 2
+    squared = (predicted_iou - true_iou) ** 2
     every = (squared * outputs).sum(dim=1) / outputs.sum(dim=1)
     iou = every if rules.iou_of_all else _take(squared, best)
     total = _take(weighted, best) + rules.iou * iou
     return Losses(total, _take(focal, best), _take(dice, best), iou, best[:, 0], true_iou)
-
-
-def ranked(values: Tensor, order: Tensor, outputs: Tensor) -> Tensor:
-    """(B, M) values of each prompt's outputs, the largest where ``order`` (B, M) is largest, and so on down."""
-    places = order.masked_fill(~outputs, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    falling = values.masked_fill(~outputs, -torch.inf).sort(dim=1, descending=True).values
-    return torch.zeros_like(values).scatter(1, places, falling).masked_fill(~outputs, 0.0)
 
 
 def focal_loss(logits: Tensor, masks: Tensor, alpha: float, gamma: float) -> Tensor:

@@ -46,7 +46,6 @@ class Simulation:
         masks: np.ndarray,
         rng: np.random.Generator,
         tally: Tally,
-        parent: Sam | None = None,
     ) -> None:
         """Prompt one image's objects through all steps, and add the gradients of their summed losses.
 
@@ -56,11 +55,10 @@ class Simulation:
             masks: (M, h, w) bool, none empty, in the model-input frame: the truth.
             rng: of all draws.
             tally: receives the losses, and what they were made of.
-            parent: whose predicted IoUs of the same prompts the model's keep to, see `prompt_losses`.
         """
         for start in range(0, len(masks), self.masks_per_decode):
             some = masks[start : start + self.masks_per_decode]
-            self._train_some(sam, embedding, some, rng, tally, parent)
+            self._train_some(sam, embedding, some, rng, tally)
 
     def _train_some(
         self,
@@ -69,7 +67,6 @@ class Simulation:
         masks: np.ndarray,
         rng: np.random.Generator,
         tally: Tally,
-        parent: Sam | None,
     ) -> None:
         size, scale = masks.shape[1:], 1 / self.prompts.steps
         truth = torch.from_numpy(masks).to(embedding.device)
@@ -87,13 +84,9 @@ class Simulation:
                         prompts.correct(row, mask, mistaken)
             with tally.timed("decoder", embedding.device):
                 logits, iou = self._decode(sam, embedding, prompts, previous)
-                parent_iou = None
-                if parent is not None:
-                    with torch.no_grad():
-                        parent_iou = self._decode(parent, embedding, prompts, previous)[1]
             with tally.timed("losses", embedding.device):
                 seen = enlarge(logits, self.loss_size, small.shape[1:])
-                losses = prompt_losses(seen, iou, outputs, small, self.losses, parent_iou)
+                losses = prompt_losses(seen, iou, outputs, small, self.losses)
                 loss = losses.total.sum() * (scale if self.reduce_steps == "mean" else 1.0)
             with tally.timed("backward", embedding.device):
                 loss.backward()
