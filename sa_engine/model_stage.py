@@ -1,17 +1,10 @@
 """What stages that prompt SAM have in common: the model, and that every worker has the driver's."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from sa_engine.config import FilterConfig, ShardConfig
 from sa_engine.errors import SaEngineError
-from sa_engine.images import encode_jpeg, fit_short_side, resize_image
-from sa_engine.plan import PlannedImage
-from sa_engine.records import ImageRecord, MaskRecord, image_name
 
 if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.modeling.sam import Sam
@@ -71,40 +64,6 @@ class ModelStage:
         from sa_engine.modeling.weights import size_of
 
         return _MEMORY_WITHOUT_MODEL + _MEMORY_PER_WEIGHT_BYTE * size_of(self.checkpoint)
-
-
-def at_released_size(image: np.ndarray, config: FilterConfig) -> np.ndarray:
-    """A (H, W, 3) image as it is released: at most `short_side` pixels on its short side."""
-    return resize_image(image, *fit_short_side(image.shape[0], image.shape[1], config.short_side))
-
-
-def released_image(
-    item: PlannedImage,
-    released: np.ndarray,
-    sha256: str,
-    masks: Sequence[MaskRecord],
-    config: ShardConfig,
-) -> tuple[ImageRecord, bytes | None]:
-    """The record of an image and its JPEG file, if pictures are written.
-
-    Args:
-        item: what was planned.
-        released: (H, W, 3) uint8 RGB at the released size.
-        sha256: of the photo's file.
-        masks: in the released frame.
-        config: of the run.
-    """
-    height, width = released.shape[:2]
-    record = ImageRecord(
-        image_id=item.image_id,
-        width=width,
-        height=height,
-        file_name=image_name(item.image_id),
-        source_path=item.key,
-        sha256=sha256,
-        masks=tuple(masks),
-    )
-    return record, encode_jpeg(released, config.jpeg_quality) if config.write_images else None
 
 
 def absolute(checkpoint: str) -> str:

@@ -14,10 +14,11 @@ from sa_engine import runner
 from sa_engine.boxes import Boxes, extra_boxes
 from sa_engine.config import AutoConfig
 from sa_engine.images import decode_image
-from sa_engine.model_stage import ModelStage, absolute, at_released_size, released_image
+from sa_engine.model_stage import ModelStage, absolute
 from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, mask_id
+from sa_engine.release import at_released_size, released_image
 
 if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.generator import GeneratedMask

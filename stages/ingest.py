@@ -21,11 +21,12 @@ from sa_engine.formats.files import read_annotations
 from sa_engine.formats.matching import match_images
 from sa_engine.formats.model import AnnotatedImage, Annotation, FormatError, Parsed, Runs
 from sa_engine.formats.raster import rasterize
-from sa_engine.images import decode_image, encode_jpeg, read_orientation, upright_mask
+from sa_engine.images import decode_image, read_orientation, upright_mask
 from sa_engine.pairing import PairingError
 from sa_engine.partial import LEFT_OUT, Failure, Finished, finished_record, one_line
 from sa_engine.plan import PlannedImage
-from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id
+from sa_engine.records import ImageRecord, MaskRecord, mask_id
+from sa_engine.release import released_image
 from sa_engine.returns import PrefilledRun
 from sa_engine.rle import RLE
 from sa_engine.run_dir import images_folder, planned_keys
@@ -144,19 +145,12 @@ class IngestWorker:
 
     def finish(self, item: PlannedImage, result: Drawn) -> Finished:
         """Make the record and the released JPEG."""
-        height, width = result.photo.image.shape[:2]
-        record = ImageRecord(
-            image_id=item.image_id,
-            width=width,
-            height=height,
-            file_name=image_name(item.image_id),
-            source_path=item.key,
-            sha256=result.photo.sha256,
-            masks=tuple(
-                self._record(item, index, annotation, mask)
-                for index, (annotation, mask) in enumerate(result.masks)
-            ),
-        )
+        masks = [
+            self._record(item, index, annotation, mask)
+            for index, (annotation, mask) in enumerate(result.masks)
+        ]
+        photo = result.photo
+        record, jpeg = released_image(item, photo.image, photo.sha256, masks, self.config)
         left_out = list(result.left_out)
         if self.prefilled is not None:
             record, deleted = self._sorted(record, self.prefilled)
@@ -164,9 +158,6 @@ class IngestWorker:
                 _left_out(item, "prefilled masks", f"the annotator deleted mask {mask.id}")
                 for mask in deleted
             ]
-        jpeg = None
-        if self.config.write_images:
-            jpeg = encode_jpeg(result.photo.image, self.config.jpeg_quality)
         return finished_record(record, jpeg, left_out=left_out)
 
     def _sorted(

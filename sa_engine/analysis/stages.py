@@ -31,7 +31,7 @@ class StageRow:
         self._per_image, self._ticks = Tally(), Tally()
         self._seconds, self._too_long = 0.0, 0
         self._edits: Counter[str] = Counter()
-        self._added_seconds: list[float] = []
+        self._added_seconds, self._added_timed = 0.0, 0
 
     def add(self, run: str, timed: list[tuple[MaskRecord, float | None]]) -> None:
         """Take in an image: its masks, and the known times of them."""
@@ -39,7 +39,9 @@ class StageRow:
             self.runs.append(run)
         self._per_image.add(len(timed))
         self._edits.update(mask.edit_status for mask, _ in timed if mask.edit_status)
-        self._added_seconds += _known([one for one in timed if one[0].edit_status == "added"])
+        added = _known([one for one in timed if one[0].edit_status == "added"])
+        self._added_seconds += sum(added)
+        self._added_timed += len(added)
         for value in _known(timed):
             self._ticks.add(round(value * _TICKS))
             self._seconds += value
@@ -78,14 +80,14 @@ class StageRow:
 
     def _returned(self) -> dict[str, float | None]:
         """What became of prefilled masks (§4, stage 2); None if nothing was prefilled."""
-        edits, added = self._edits, self._added_seconds
+        edits, timed = self._edits, self._added_timed
         prefilled = edits["kept"] + edits["edited"]
         known = self.images if edits else 0
         return {
             "masks_per_image_prefilled": prefilled / known if known else None,
             "masks_per_image_added": edits["added"] / known if known else None,
             "share_kept": edits["kept"] / prefilled if prefilled else None,
-            "seconds_per_added_mask_mean": sum(added) / len(added) if added else None,
+            "seconds_per_added_mask_mean": self._added_seconds / timed if timed else None,
         }
 
 
