@@ -165,6 +165,10 @@ def test_tools_files_come_back(
     found = fates(tmp_path / "returned")
     assert sorted(found[large.file_name]) == [("kept", mask.id) for mask in large.masks[1:]]
     assert found[small.file_name] == [("kept", small.masks[0].id)]
+    for out in (prefilled, tmp_path / "returned"):  # the image without a mask is of the same stage
+        report = CliRunner().invoke(main, ["report", str(out), "--json"])
+        (row,) = json.loads(report.output)["stages"]
+        assert (row["source"], row["images"]) == ("semi-automatic", 3)
 
 
 def test_an_image_that_was_not_prefilled_is_told(prefilled: Path, tmp_path: Path) -> None:

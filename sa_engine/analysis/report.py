@@ -132,6 +132,8 @@ class _Run:
             raise RunError(f"{out} has no masks to report on: it is no run of shards")
         self.stage = info.stage
         source = "automatic" if info.stage == "auto" else info.config.get("source")
+        if info.stage == "prefill" or info.config.get("prefill"):
+            source = "semi-automatic"
         self.key: Key = (source or "unknown", info.config.get("round"))
         self.markers = read_markers(paths, range(len(self.plan)))
         if not self.markers:
