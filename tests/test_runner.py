@@ -313,7 +313,9 @@ def kill_when(ready: Callable[[], bool], config: SmallConfig, pause_s: float = 0
 
 def ended(out: Path) -> int:
     """Images that a run has finished, in shards and out of them."""
-    loose = len(list(RunPaths(out).partial.glob("*/*.done")))
+    # A walk, as it passes over a folder that the run takes away meanwhile.
+    files = (name for *_, names in os.walk(RunPaths(out).partial) for name in names)
+    loose = sum(name.endswith(".done") for name in files)
     return loose + sum(stats.planned for stats in markers(out))
 
 
