@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 WEIGHTS, INFO = "model.safetensors", "model.json"
 MIOU = "miou_1pt"  # the mean IoU after one click, in metrics and in what a gate measured
+FRESH = "fresh"  # the parent's name of what started from no other weights
 RECALL = "ar_100"  # average recall of 100 boxes, likewise
 
 
@@ -243,15 +244,40 @@ def read_round(path: Path) -> RoundInfo:
         raise RoundError(f"{file}: damaged, {error}") from None
 
 
-def weights_of(path: Path) -> Path:
+def read_detector(path: Path) -> RoundInfo:
+    """What a detector's folder says of it. Raises RoundError for what is no detector."""
+    return _read_kind(path, detector=True)
+
+
+def _read_kind(path: Path, detector: bool) -> RoundInfo:
+    """The content of `model.json`. Raises RoundError also if the model is of the other kind."""
+    info = read_round(path)
+    if detector and info.detector is None:
+        raise RoundError(
+            f"{path / INFO} is of a {info.architecture} SAM, expected a detector: name a folder that "
+            "`sa-engine retrain detector --out` has finished"
+        )
+    if info.detector is not None and not detector:
+        raise RoundError(
+            f"{path / INFO} is of a detector, expected a SAM: name a folder that `sa-engine retrain "
+            "--out` has finished, a file or a model's name"
+        )
+    return info
+
+
+def weights_of(path: Path, detector: bool = False) -> Path:
     """The weights of a round, by its folder; cheap: of the weights only the header is read.
 
+    Args:
+        path: the folder.
+        detector: whether it is to be a detector's, or a SAM's.
+
     Raises:
-        RoundError: not a finished round, or weights that are cut off or of another round.
+        RoundError: not a finished round, one of the other kind, or weights that are cut off or of another round.
     """
     from safetensors import SafetensorError, safe_open
 
-    fingerprint, file = read_round(path).fingerprint, path / WEIGHTS
+    fingerprint, file = _read_kind(path, detector).fingerprint, path / WEIGHTS
     try:
         with safe_open(file, framework="numpy") as tensors:
             found = (tensors.metadata() or {}).get("fingerprint")
