@@ -16,7 +16,7 @@ import types
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from sa_engine import __version__
 from sa_engine.errors import SaEngineError
@@ -191,8 +191,10 @@ def write_model(out: Path, model: Module, info: RoundInfo) -> None:
 
     from sa_engine.modeling.sam import model_fingerprint
 
-    if info.fingerprint != (found := model_fingerprint(model)):
-        raise ValueError(f"info is of another model than that with the fingerprint {found}")
+    found = {"fingerprint": model_fingerprint(model)}
+    facts = found if info.detector else model_facts(cast("Sam", model))
+    if any(getattr(info, name) != value for name, value in facts.items()):
+        raise ValueError(f"info is of another model than {facts}")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     content = json.dumps(_plain(dataclasses.asdict(info)), indent=1, allow_nan=False) + "\n"
     temporary = out / f".{uuid.uuid4().hex}.tmp"
