@@ -49,6 +49,12 @@ def detector_facts(model: BoxDetector, config: DetectorConfig, sam: Sam | None) 
     }
 
 
+def sees_embedding(folder: Path) -> bool:
+    """Whether a detector sees SAM's embedding, and not the pixels. Raises RoundError for what is no detector."""
+    facts = read_detector(folder).detector
+    return facts is not None and facts.backbone == SAM_BACKBONE
+
+
 def load_detector(path: Path, sam: Sam | None = None) -> tuple[BoxDetector, RoundInfo]:
     """A trained detector, on the CPU in eval mode.
 
