@@ -86,7 +86,7 @@ def train_as_worker(group: Group, run: Path, options: dict[str, Any]) -> dict[st
 
 
 def test_a_detector_learns_where_the_objects_are(run: Path) -> None:
-    """From nothing it finds hardly any of the quarters of these eight pictures, afterwards many."""
+    """From nothing its anchors find some of the quarters of these eight pictures, afterwards it finds most."""
     trainer = make_trainer(run, iterations=30, batch_size=2, lr=1e-3)
     data = open_data(run, "quarters")
     validation = Validation([("quarters", data)], 8, Group(), embedder(trainer.sam, "fp32"))
@@ -95,8 +95,7 @@ def test_a_detector_learns_where_the_objects_are(run: Path) -> None:
     trainer.run(lambda state: None, lines.append)
     after = validation.measure(trainer.detector)["mean"]
     assert lines[-1]["total"] < lines[0]["total"] / 1.5
-    print(before, after, lines[0], lines[-1])
-    assert before < 0.2 < 0.5 < after
+    assert before < 0.4 < 0.6 < after
     assert set(lines[0]["ms_per_image"]) == set(trainer.parts)
     assert lines[-1]["images"] == 30 * 2
 
@@ -270,6 +269,18 @@ def test_a_folder_that_is_no_such_detector_is_refused(
     (detector / "copy" / "model.json").write_text(json.dumps(info))
     result = invoke(*prefill, detector / "copy")
     assert result.exit_code == 2 and "expected a detector" in result.output
+
+
+def test_recall_is_measured_of_a_detectors_boxes(detector: Path, drawn: Path) -> None:
+    arguments = ("recall", drawn, "--detector", detector, "--proposals", "10,100")
+    result = invoke(*arguments, "--boxes", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.output)
+    (measured,) = content["runs"]
+    assert measured["name"] == "01" and content["masks"]["all"] == 8
+    assert 0 <= measured["average_recall"]["all"]["10"]["value"] <= 1
+    assert "add --boxes" in invoke(*arguments).output
+    assert "nothing to measure" in invoke("recall", drawn).output
 
 
 def test_boxes_come_from_one_place(tmp_path: Path) -> None:
