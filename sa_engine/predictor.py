@@ -140,10 +140,23 @@ class Predictor:
         """
         with self.inference():
             attended = self.attend(embedding, points, labels, boxes, masks)
-            wanted = slice(1, None) if multimask else slice(0, 1)
+            wanted = _outputs(multimask)
             logits = self.decoder.predict_masks(attended, wanted)
             iou = self.decoder.predict_iou(attended)[:, wanted]
         return Prediction(logits.float(), iou.float())
+
+    def predict_iou(
+        self,
+        embedding: Embedding,
+        points: Prompt | None = None,
+        labels: Prompt | None = None,
+        boxes: Prompt | None = None,
+        multimask: bool = True,
+    ) -> Tensor:
+        """The predicted IoUs of :meth:`predict` alone, (B, M) float32: in half of the time."""
+        with self.inference():
+            attended = self.attend(embedding, points, labels, boxes)
+            return self.decoder.predict_iou(attended)[:, _outputs(multimask)].float()
 
     def attend(
         self,
@@ -219,6 +232,11 @@ class Predictor:
         (height, width), (input_height, input_width) = embedding.size, embedding.input_size
         scale = torch.tensor([input_width / width, input_height / height], device=tensor.device)
         return (tensor.unflatten(-1, (-1, 2)) * scale).reshape(tensor.shape)
+
+
+def _outputs(multimask: bool) -> slice:
+    """Which of the decoder's four outputs are meant."""
+    return slice(1, None) if multimask else slice(0, 1)
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -80,13 +80,14 @@ def _predicted_ious(predictor: Predictor, sample: Sample) -> tuple[Tensor, Tenso
     points = point_grid(POINTS_PER_SIDE) * np.array(sample.size[::-1])
     boxes = np.array([_box(mask) for mask in sample.masks], np.float64)
     at_once, of_points, of_boxes = predictor.prompts_at_once, [], []
+    # Without the masks, which take as long as all the rest.
     for start in range(0, len(points), at_once):
         some = points[start : start + at_once, None]
-        given = predictor.predict(embedding, points=some, labels=np.ones((len(some), 1)))
-        of_points.append(given.iou.flatten())
+        iou = predictor.predict_iou(embedding, points=some, labels=np.ones((len(some), 1)))
+        of_points.append(iou.flatten())
     for start in range(0, len(boxes), at_once):
         some = boxes[start : start + at_once]
-        of_boxes.append(predictor.predict(embedding, boxes=some, multimask=False).iou.flatten())
+        of_boxes.append(predictor.predict_iou(embedding, boxes=some, multimask=False).flatten())
     return torch.cat(of_points).cpu(), torch.cat(of_boxes).cpu()
 
 
