@@ -1,12 +1,13 @@
 # Every target sets up what it needs in .venv; nothing is installed again until pyproject.toml changes.
 PYTHON ?= python3
 VENV ?= .venv
+TOOLS ?= .venv-tools
 DEMO ?= build/demo
 BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow parity bench lint format clean
+.PHONY: help install demo test test-slow test-tools parity bench lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +31,9 @@ test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some of them)
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
+
+test-tools: $(VENV)/.installed-dev $(TOOLS)/.installed ## Read hand-outs with the annotation tools' own code
+	SA_ENGINE_TOOLS=$(abspath $(TOOLS))/bin/python $(BIN)/python -m pytest tests/test_handout.py $(ARGS)
 
 parity: $(VENV)/.installed-dev ## Compare with the reference implementations at full size
 	$(BIN)/python -m pytest -m "parity_full" --timeout 0 $(ARGS)
@@ -60,4 +64,9 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[$*]'
+	@touch $@
+
+$(TOOLS)/.installed: tests/annotation_tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --requirement $<
 	@touch $@

@@ -228,6 +228,13 @@ def test_the_name_is_of_the_data_without_an_upload(data: Json, name: str) -> Non
     assert label_studio.read(content, "a.json").images[0].name == name
 
 
+@pytest.mark.parametrize("upload", ["d7600e5b-tasks.json", "d7600e5b-Tasks.CSV"])
+def test_an_imported_list_of_tasks_is_no_images_name(upload: str) -> None:
+    data = {"image": "/data/local-files/?d=images/sa_1.jpg"}
+    content = [task(annotation(brush(MASKS["hole"])), file_upload=upload, data=data)]
+    assert label_studio.read(content, "a.json").images[0].name == data["image"]
+
+
 def test_the_name_is_where_the_masks_belong() -> None:
     mask = brush(MASKS["hole"], to_name="photo")
     content = [task(annotation(mask), file_upload=None, data={"image": "a.jpg", "photo": "b.jpg"})]

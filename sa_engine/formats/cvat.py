@@ -36,7 +36,7 @@ SUFFIX = ".xml"
 _VERSION = "1.1"
 _ID = "sa_mask_id"  # the attribute by which a mask's id comes back
 _BY_PEOPLE = (None, "manual", "assisted")
-_LABELS = [
+_LABELS: list[dict[str, Any]] = [
     {
         "name": "object",
         "type": "any",
@@ -236,7 +236,7 @@ def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str,
     head = (
         f'<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>{_VERSION}</version>\n'
     )
-    yield file, head.encode()
+    yield file, head.encode() + tostring(_meta()) + b"\n"
     for number_, image in enumerate(images):
         element = Element("image", id=str(number_), name=image.name)
         element.set("width", str(image.record.width))
@@ -249,6 +249,25 @@ def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str,
         indent(element)
         yield file, tostring(element, encoding="unicode").encode() + b"\n"
     yield file, b"</annotations>\n"
+
+
+def _meta() -> Element:
+    """The labels once more: datumaro, and CVAT where a project takes the file, read no XML without them."""
+    meta = Element("meta")
+    labels = SubElement(SubElement(meta, "task"), "labels")
+    for label in _LABELS:
+        entry = SubElement(labels, "label")
+        SubElement(entry, "name").text = label["name"]
+        attributes = SubElement(entry, "attributes")
+        for one in label["attributes"]:
+            attribute = SubElement(attributes, "attribute")
+            SubElement(attribute, "name").text = one["name"]
+            SubElement(attribute, "mutable").text = str(one["mutable"])
+            SubElement(attribute, "input_type").text = one["input_type"]
+            SubElement(attribute, "default_value").text = one["default_value"]
+            SubElement(attribute, "values").text = "\n".join(one["values"])
+    indent(meta)
+    return meta
 
 
 def _element(mask: MaskRecord) -> Element:

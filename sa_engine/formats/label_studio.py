@@ -1,7 +1,8 @@
 """Label Studio's own JSON: a list of tasks, each with the annotations of one or more annotators.
 
 Traps: polygons are in percent of the image; a region's further answers repeat its shape under another type; times are
-of a whole annotation; the JSON-MIN and COCO exports say less, and the latter loses holes.
+of a whole annotation; `file_upload` is the image, or the file of tasks that was imported; the JSON-MIN and COCO exports
+say less, and the latter loses holes.
 """
 
 import json
@@ -34,6 +35,8 @@ TOOL = "label studio"
 _BRUSHES = ("brushlabels", "brush")
 _POLYGONS = ("polygonlabels", "polygon")
 _PLACE = re.compile(r"://|\?d=|\.\w{2,5}$", re.ASCII)
+# Of an import of tasks, each has the name of the imported file as its upload.
+_LISTS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 _Size = tuple[int, int]  # width, height
 _FROM, _TO = "brush", "image"
 _CONFIG = f"""<View>
@@ -193,9 +196,10 @@ def _annotator(user: Any, where: str) -> str | None:
 
 
 def _name(task: dict[str, Any], where: str, keys: list[str]) -> str:
-    """Of the image: of the upload, else of the data at these keys, else the first that looks like one."""
-    if isinstance(task.get("file_upload"), str) and task["file_upload"]:
-        return str(task["file_upload"])
+    """Of the image: of its upload, else of the data at these keys, else the first that looks like one."""
+    upload = task.get("file_upload")
+    if isinstance(upload, str) and upload and not upload.lower().endswith(_LISTS):
+        return upload
     data = task.get("data")
     if not isinstance(data, dict):
         raise FormatError(f"{where}: its data is {str(data)[:60]!r}: expected an object")
