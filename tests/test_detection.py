@@ -91,6 +91,7 @@ def test_a_detector_learns_where_the_objects_are(run: Path) -> None:
     data = open_data(run, "quarters")
     validation = Validation([("quarters", data)], 8, Group(), embedder(trainer.sam, "fp32"))
     before = validation.measure(trainer.detector)["mean"]
+    assert not any(one.requires_grad for one in validation._features.values() if one is not None)
     lines: list[Any] = []
     trainer.run(lambda state: None, lines.append)
     after = validation.measure(trainer.detector)["mean"]

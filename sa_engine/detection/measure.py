@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sa_engine.detection.detector import Detector
@@ -28,10 +29,11 @@ def embedder(sam: Sam | None, precision: str) -> Callable[[np.ndarray], Tensor |
     """What gives the embedding (1, 256, 64, 64) of a (H, W, 3) uint8 RGB image; of no SAM, none."""
     if sam is None:
         return lambda image: None
+    sam.eval()
 
+    @torch.no_grad()  # else every embedding would keep all that it was computed from: half a gigabyte
     def embed(image: np.ndarray) -> Tensor:
         pixels = resize_image(image, *input_size(image.shape[0], image.shape[1], sam.image_size))
-        sam.eval()
         return encode(sam, pixels, precision)
 
     return embed
