@@ -52,7 +52,7 @@ class DetectorTrainer(Trainer[DetectorConfig, Loaded]):
     """
 
     unit, measure_name = "image", "AR@100"
-    parts = ("data", "encoder", "detector", "backward", "optimizer")
+    sums, parts = ("total", *LOSSES), ("data", "encoder", "detector", "backward", "optimizer")
     told: ClassVar = {"total": "loss"}
 
     def __init__(
@@ -73,10 +73,6 @@ class DetectorTrainer(Trainer[DetectorConfig, Loaded]):
         )
         super().__init__(config, group, model, optimizer, data, state)
         self.detector, self.sam, self.cache, self.validation = model, sam, cache, validation
-
-    def new_tally(self) -> Tally:
-        """Of the losses."""
-        return Tally(("total", *LOSSES), self.parts)
 
     def load(self, place: Place) -> Loaded | None:
         """An image's boxes; its picture only if its embedding is not known yet."""

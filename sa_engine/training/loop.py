@@ -57,12 +57,13 @@ class Trainer(ABC, Generic[C, L]):
     Attributes:
         unit: what losses are means of: "mask" or "image".
         measure_name: of what is measured on validation images.
-        parts: of the work that are timed, see `Tally`.
+        sums, parts: what is added up over some steps, and the parts of the work that are timed, see `Tally`.
         told: means that a person is told besides the loss, and their words.
     """
 
     unit: ClassVar[str]
     measure_name: ClassVar[str]
+    sums: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     told: ClassVar[Mapping[str, str]]
 
@@ -81,10 +82,6 @@ class Trainer(ABC, Generic[C, L]):
         if state is not None:
             model.load_state_dict(state.model)
             optimizer.load_state_dict(state.optimizer)
-
-    @abstractmethod
-    def new_tally(self) -> Tally:
-        """For the sums of a few steps."""
 
     @abstractmethod
     def load(self, place: Place) -> L | None:
@@ -125,7 +122,7 @@ class Trainer(ABC, Generic[C, L]):
         config, state = self.config, self.state
         if not state.validations:
             self._validate(note)
-        tally, started = self.new_tally(), time.monotonic()
+        tally, started = Tally(self.sums, self.parts), time.monotonic()
         coming = self._loaded(state.iteration)
         while state.iteration < config.iterations:
             lr = self._step(state.iteration, coming, tally)
@@ -136,7 +133,7 @@ class Trainer(ABC, Generic[C, L]):
             if last or signal or state.iteration % config.log_every == 0:
                 state.seconds += time.monotonic() - started
                 note(self._metrics(tally, lr))
-                tally, started = self.new_tally(), time.monotonic()
+                tally, started = Tally(self.sums, self.parts), time.monotonic()
             if last or state.iteration % validation_interval(config) == 0:
                 self._validate(note)
                 started = time.monotonic()

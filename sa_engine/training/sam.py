@@ -81,7 +81,7 @@ class SamTrainer(Trainer[RetrainConfig, Loaded]):
         state: where it goes on from; None: from the weights of `sam`.
     """
 
-    unit, measure_name, parts = "mask", "mIoU", PARTS
+    unit, measure_name, sums, parts = "mask", "mIoU", SUMS, PARTS
     told: ClassVar = {"total": "loss", "point_miou": "mIoU of points", "box_miou": "of boxes"}
 
     def __init__(
@@ -98,10 +98,6 @@ class SamTrainer(Trainer[RetrainConfig, Loaded]):
         super().__init__(config, group, sam, make_optimizer(sam, config), data, state)
         self.sam, self.cache, self.validation = sam, cache, validation
         self.simulation = simulation_of(config, group.device)
-
-    def new_tally(self) -> Tally:
-        """Of losses, and of how good masks are."""
-        return Tally(SUMS, PARTS)
 
     def load(self, place: Place) -> Loaded | None:
         """An image with its masks; its picture only if its embedding is not known yet."""
