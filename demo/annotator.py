@@ -3,9 +3,9 @@
     python demo/annotator.py draw PHOTOS annotations.json       # stage 1: everything is drawn by hand
     python demo/annotator.py correct HANDOUT returned.json      # stage 2: what was prefilled is looked through
 
-In stage 1 annotators click and SAM draws (paper §4); a box from `objects.yaml` is the click here. In stage 2 a prefilled
-mask that agrees with an object is kept (IoU of at least 0.9) or drawn anew (0.5), any other is deleted, and objects
-without a mask are added.
+In stage 1 annotators click and SAM draws (paper §4); a box from `objects.yaml` is the click here. In stage 2 a
+prefilled mask that agrees with an object is kept (IoU of at least 0.9) or drawn anew (0.5), any other is deleted, and
+objects without a mask are added.
 """
 
 import json
@@ -77,7 +77,7 @@ def second(predictor: Predictor, handout: Path) -> dict[str, Any]:
     counts = {"kept": 0, "drawn anew": 0, "deleted": 0, "added": 0}
     for image in content["images"]:
         photo = handout / "images" / image["file_name"]
-        truth = draw(predictor, photo, OBJECTS[name_of(photo)])
+        truth = draw(predictor, photo, OBJECTS[photo.stem])
         shown = [one for one in content["annotations"] if one["image_id"] == image["id"]]
         ious = coco.iou([one["segmentation"] for one in shown], truth, [0] * len(truth))
         ious = np.asarray(ious, float).reshape(len(shown), len(truth))
@@ -97,11 +97,6 @@ def second(predictor: Predictor, handout: Path) -> dict[str, Any]:
             kept.append(entry(image, mask, number))
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
     return {**content, "annotations": kept}
-
-
-def name_of(photo: Path) -> str:
-    """A photo's name before it was handed out."""
-    return photo.stem
 
 
 def main() -> None:

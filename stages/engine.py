@@ -86,9 +86,7 @@ def _come(step: Step, known: StepState) -> bool:
     return there
 
 
-def _run_step(
-    loop: Loop, state: LoopState, step: Step, commands: Commands, tell: Tell
-) -> None:
+def _run_step(loop: Loop, state: LoopState, step: Step, commands: Commands, tell: Tell) -> None:
     """Run a step's command, and keep what is to be known of it."""
     known, before = state[step.name], stamp(step.out)
     again = known.command == step.command
@@ -107,12 +105,14 @@ def _run_step(
         known.report, known.ended = ended.report, time.time()
     if done:
         known.status = "done"
+    if done and step.out is None:  # such as split: it wrote into what it read
+        known.reads = stamps(step)
+        for name, place in step.reads.items():
+            state[name].wrote = stamp(place)
     if commands.signum:
         known.status = "done" if done else "stopped"
         _end(loop, state, "stopped")
-        raise Interrupted(
-            f"stopped in step {step.name}; {_resume(loop)}", commands.signum
-        )
+        raise Interrupted(f"stopped in step {step.name}; {_resume(loop)}", commands.signum)
     if not done:
         known.status, known.error = "failed", ended.error
         _end(loop, state, "failed")

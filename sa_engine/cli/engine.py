@@ -58,7 +58,9 @@ def _look(words: list[str], out: str) -> Known:
     if not name or command is engine or name[0] == "engine":
         _refuse_command(words, click.get_current_context().find_root().command)
     if isinstance(command, click.Group) and not command.invoke_without_command:
-        raise EngineError(f"{' '.join(name)}: expected one of {', '.join(command.commands)} after it")
+        raise EngineError(
+            f"{' '.join(name)}: expected one of {', '.join(command.commands)} after it"
+        )
     rest = words[len(name) :]
     option = next((param for param in command.params if _OUT in param.opts), None)
     if option is not None and not any(word == _OUT or word.startswith(f"{_OUT}=") for word in rest):

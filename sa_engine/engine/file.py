@@ -132,7 +132,9 @@ def _content(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EngineError(f"not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise EngineError(f"holds {_said(content)}: expected `out:` and `steps:`, see docs/engine.md")
+        raise EngineError(
+            f"holds {_said(content)}: expected `out:` and `steps:`, see docs/engine.md"
+        )
     _only(content, _TOP, "key")
     for name in ("out", "steps"):
         if name not in content:
@@ -215,7 +217,9 @@ class _Names:
             raise EngineError(f"step {name}: that is a file of the engine: use another name")
         for other in self.done:
             if f"{name}/".startswith(f"{other}/") or f"{other}/".startswith(f"{name}/"):
-                raise EngineError(f"steps {other} and {name}: one would write into the other's folder")
+                raise EngineError(
+                    f"steps {other} and {name}: one would write into the other's folder"
+                )
 
     def fill(self, text: str, reads: dict[str, str]) -> str:
         """Put in what names stand for; steps among them are added to `reads`."""
@@ -239,7 +243,11 @@ class _Names:
             return "is no step before this one: a step can only read what is there by then"
         known = [*self.inputs, *self.done]
         close = difflib.get_close_matches(name, known, n=1)
-        advice = f"did you mean {{{close[0]}}}?" if close else f"known here: {', '.join(known) or 'nothing'}"
+        advice = (
+            f"did you mean {{{close[0]}}}?"
+            if close
+            else f"known here: {', '.join(known) or 'nothing'}"
+        )
         return f"is neither an input nor a step before this one: {advice}"
 
 
@@ -262,4 +270,10 @@ def _only(found: dict[Any, Any], expected: tuple[str, ...], word: str) -> None:
 
 def _said(value: Any) -> str:
     """A value of YAML in a sentence."""
-    return "empty" if value is None else repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
+    return (
+        "empty"
+        if value is None
+        else repr(value)
+        if len(repr(value)) < 60
+        else f"{repr(value)[:57]}..."
+    )

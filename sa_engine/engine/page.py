@@ -1,4 +1,4 @@
-"""The loop on one page, to be looked at: what was done, how many masks it gave, what they look like, what models gained.
+"""The loop on one page, to be looked at: what was done, how many masks it gave, how they look, what models gained.
 
 One HTML file without a script; photos are inside, larger pictures and the report are linked beside it.
 """
@@ -46,7 +46,12 @@ figcaption { color: var(--grey); font-size: .8rem; }
 .wide { overflow-x: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); } svg .axis { fill: var(--grey); font-size: 11px; }
 """
-_TITLES = {"blur": "redacted", "ingest": "people's masks", "prefill": "masks of detected boxes", "auto": "automatic masks"}  # fmt: skip
+_TITLES = {
+    "blur": "redacted",
+    "ingest": "people's masks",
+    "prefill": "masks of detected boxes",
+    "auto": "automatic masks",
+}
 
 
 def page(loop: Loop, state: LoopState) -> str:
@@ -161,13 +166,17 @@ def _rounds(seen: list[Seen]) -> list[str]:
                 f"<td>{data}</td><td class='num'>{info.iterations:,}</td><td>{drawn}</td><td{reason}>{gate}</td></tr>"
             )
         if shown.detector:
-            told = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in shown.detector.items())
+            told = ", ".join(
+                f"{key.replace('_', ' ')} {value:.3g}" for key, value in shown.detector.items()
+            )
             rows.append(
                 f"<tr><td>{html.escape(step.name)}</td><td colspan='5'>detector: {html.escape(told)}</td></tr>"
             )
     if not rows:
         return []
-    heads = "".join(f"<th>{text}</th>" for text in ("", "from", "trained on", "steps", "1-point mIoU", "gate"))
+    heads = "".join(
+        f"<th>{text}</th>" for text in ("", "from", "trained on", "steps", "1-point mIoU", "gate")
+    )
     return [
         "<h2>Trainings</h2>",
         f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>',
@@ -183,7 +192,8 @@ def _dumbbell(before: float, after: float) -> str:
     return (
         '<svg width="330" height="22" role="img"><line x1="20" x2="220" y1="11" y2="11" stroke="#e4e4e7"/>'
         f'<line x1="{left:.1f}" x2="{right:.1f}" y1="11" y2="11" stroke="{colour}" stroke-width="4"/>'
-        f'<circle cx="{left:.1f}" cy="11" r="5" fill="#a1a1aa"/><circle cx="{right:.1f}" cy="11" r="5" fill="{colour}"/>'
+        f'<circle cx="{left:.1f}" cy="11" r="5" fill="#a1a1aa"/>'
+        f'<circle cx="{right:.1f}" cy="11" r="5" fill="{colour}"/>'
         '<text class="axis" x="6" y="15">0</text><text class="axis" x="226" y="15">1</text>'
         f'<text x="242" y="15">{before:.3f} → {after:.3f}</text></svg>'
     )
@@ -196,7 +206,10 @@ def _strips(seen: list[Seen]) -> list[str]:
         if not shown.pictures:
             continue
         counts = ", ".join(f"{number:,} {kind}" for kind, number in shown.counts.items())
-        about = f"{_TITLES.get(step.kind, '')}, {shown.images or 0:,} images" + f", {counts}" * bool(counts)
+        about = (
+            f"{_TITLES.get(step.kind, '')}, {shown.images or 0:,} images"
+            + f", {counts}" * bool(counts)
+        )
         figures = "".join(
             f'<figure><img alt="{html.escape(text)}" src="data:image/jpeg;base64,'
             f'{base64.b64encode(jpeg).decode()}"><figcaption>{html.escape(text)}</figcaption></figure>'
@@ -218,7 +231,9 @@ def _table(loop: Loop, seen: list[Seen]) -> list[str]:
     lines = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
     link = ""
     if found[-1].page is not None:
-        link = f'<p><a href="{_link(loop, found[-1].page)}">The whole report, with its figures</a></p>'
+        link = (
+            f'<p><a href="{_link(loop, found[-1].page)}">The whole report, with its figures</a></p>'
+        )
     return [
         "<h2>Stages</h2>",
         '<div class="wide"><table><tr>'
@@ -234,7 +249,11 @@ def _steps(seen: list[Seen]) -> str:
     rows = []
     for step, known, shown in seen:
         took = duration(known.seconds) if known.seconds else ""
-        bar = f'<span class="bar time" style="width:{known.seconds / most:.1%}"></span>' if took else ""
+        bar = (
+            f'<span class="bar time" style="width:{known.seconds / most:.1%}"></span>'
+            if took
+            else ""
+        )
         said = step.tell if step.kind == "wait" else known.error or known.report
         lines = [html.escape(line) for line in (*said.splitlines(), shown.note) if line]
         rows.append(
@@ -260,4 +279,6 @@ def _large(loop: Loop, seen: list[Seen]) -> list[str]:
 
 def _link(loop: Loop, file: Path) -> str:
     relative = os.path.relpath(file, loop.out.resolve())
-    return html.escape(Path(relative).as_posix() if not relative.startswith("..") else file.as_uri())
+    return html.escape(
+        Path(relative).as_posix() if not relative.startswith("..") else file.as_uri()
+    )

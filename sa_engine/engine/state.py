@@ -15,7 +15,7 @@ from sa_engine.storage import AnyPath, RunPaths, atomic_write, find_run, list_na
 FILE = "engine.json"
 SCHEMA_VERSION = 1
 _SMALL = 1 << 20  # bytes of a JSON file that is told by its content: markers, model.json
-_WORDS = {"open": "-", "running": "running", "done": "done", "waiting": "waits", "failed": "FAILED", "stopped": "stopped"}  # fmt: skip
+_WORDS = {"open": "-", "waiting": "waits", "failed": "FAILED"}
 
 
 @dataclass
@@ -102,7 +102,9 @@ class LoopState:
             took = duration(step.seconds) if step.seconds else ""
             last = step.error if step.status in ("failed", "waiting") else step.report
             line = last.splitlines()[0] if last else ""
-            lines.append(f"{step.name:{width}}  {_WORDS[step.status]:7}  {took:>7}  {line}".rstrip())
+            lines.append(
+                f"{step.name:{width}}  {_WORDS.get(step.status, step.status):7}  {took:>7}  {line}".rstrip()
+            )
         return "\n".join(lines)
 
 
@@ -133,7 +135,9 @@ def read_state(loop: Loop) -> LoopState:
         ) from None
     for step in known.values():
         step.status = "stopped" if step.status == "running" else step.status
-    steps = [known.get(step.name, StepState(step.name, step.kind, step.command)) for step in loop.steps]
+    steps = [
+        known.get(step.name, StepState(step.name, step.kind, step.command)) for step in loop.steps
+    ]
     state = "stopped" if content["state"] == "running" else str(content["state"])
     return LoopState(str(loop.file), str(loop.out.resolve()), state, steps)
 
@@ -185,7 +189,9 @@ def _inside(path: AnyPath) -> str:
 def is_there(place: str) -> bool:
     """Whether what a step waits for has come: a file, or a folder with something in it."""
     where = location(place)
-    return where.is_file() if isinstance(where, Path) and where.is_file() else bool(list_names(where))
+    return (
+        where.is_file() if isinstance(where, Path) and where.is_file() else bool(list_names(where))
+    )
 
 
 def paths_of(place: str) -> RunPaths:
