@@ -96,6 +96,7 @@ def _run_step(loop: Loop, state: LoopState, step: Step, commands: Commands, tell
     tell(f"\n[{step.name}] {step.command}", False)
     known.kind, known.command, known.status, known.error = step.kind, step.command, "running", ""
     state.save()
+    _write_page(loop, state)
     started = time.monotonic()
     ended = commands.run(step.words, loop.own / f"{step.name.replace('/', '-')}.log")
     known.exit_code, known.reads, known.wrote = ended.exit_code, reads, stamp(step.out)
@@ -117,7 +118,6 @@ def _run_step(loop: Loop, state: LoopState, step: Step, commands: Commands, tell
         known.status, known.error = "failed", ended.error
         _end(loop, state, "failed")
         raise _failed(loop, step, ended)
-    _write_page(loop, state)
 
 
 def _failed(loop: Loop, step: Step, ended: Ended) -> StepFailed:

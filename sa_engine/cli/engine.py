@@ -9,6 +9,7 @@ from sa_engine.engine.file import EngineError, Known, read_loop
 from sa_engine.engine.state import read_state
 
 _OUT = "--out"
+_NEVER = ("overwrite", "steal_lock", "dry_run")
 
 
 @click.group()
@@ -47,20 +48,7 @@ def loop_status(file: Path) -> None:
 
 def _look(words: list[str], out: str) -> Known:
     """What the command line says of a step's command."""
-    command: click.Command = click.get_current_context().find_root().command
-    name: list[str] = []
-    while isinstance(command, click.Group) and len(words) > len(name):
-        word = words[len(name)]
-        if word not in command.commands:
-            break
-        command = command.commands[word]
-        name.append(word)
-    if not name or command is engine or name[0] == "engine":
-        _refuse_command(words, click.get_current_context().find_root().command)
-    if isinstance(command, click.Group) and not command.invoke_without_command:
-        raise EngineError(
-            f"{' '.join(name)}: expected one of {', '.join(command.commands)} after it"
-        )
+    command, name = _command(words)
     rest = words[len(name) :]
     option = next((param for param in command.params if _OUT in param.opts), None)
     if option is not None and not any(word == _OUT or word.startswith(f"{_OUT}=") for word in rest):
@@ -73,14 +61,30 @@ def _look(words: list[str], out: str) -> Known:
         raise EngineError(
             f"{error.format_message()} See `sa-engine {' '.join(name)} --help`"
         ) from None
+    for given in _NEVER:
+        if context.params.get(given):
+            raise EngineError(
+                f"--{given.replace('_', '-')} in a step: it would be given again whenever the loop goes on; type "
+                "the command yourself, once"
+            )
     place = context.params.get(option.name) if option is not None and option.name else None
     return Known(" ".join(name), (*name, *rest), None if place is None else str(place))
 
 
-def _refuse_command(words: list[str], main: click.Command) -> None:
-    assert isinstance(main, click.Group)
-    known = [name for name in main.commands if name != "engine"]
-    found = words[0] if words else ""
-    close = difflib.get_close_matches(found, known, n=1)
-    advice = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(known)}"
-    raise EngineError(f"there is no command {found!r} for a step: {advice}")
+def _command(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command at the start of a command line, and its name, which may be of two words."""
+    main = click.get_current_context().find_root().command
+    command, name = main, list[str]()
+    while isinstance(command, click.Group) and words[len(name) : len(name) + 1]:
+        following = command.commands.get(words[len(name)])
+        if following is None or following is engine:
+            break
+        command, name = following, [*name, words[len(name)]]
+    if isinstance(command, click.Group) and not command.invoke_without_command:
+        found = words[len(name)] if len(words) > len(name) else ""
+        known = [one for one, each in command.commands.items() if each is not engine]
+        close = difflib.get_close_matches(found, known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+        after = f" after {' '.join(name)}" if name else ""
+        raise EngineError(f"there is no command {found!r} for a step{after}: {advice}")
+    return command, name

@@ -132,9 +132,7 @@ def _content(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EngineError(f"not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise EngineError(
-            f"holds {_said(content)}: expected `out:` and `steps:`, see docs/engine.md"
-        )
+        raise EngineError(f"is {_said(content)}: expected `out:` and `steps:`, see docs/engine.md")
     _only(content, _TOP, "key")
     for name in ("out", "steps"):
         if name not in content:

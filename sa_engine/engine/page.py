@@ -13,39 +13,10 @@ from sa_engine.analysis.text import table_cells
 from sa_engine.engine.figures import Shown, look_at
 from sa_engine.engine.file import Loop, Step
 from sa_engine.engine.state import LoopState, StepState
+from sa_engine.engine.style import STYLE
 from sa_engine.progress import duration
 
-_STYLE = """
-:root { color-scheme: light; --line: #e4e4e7; --grey: #71717a; --ink: #18181b; }
-* { box-sizing: border-box; }
-body { background: #fff; color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 72rem; padding: 1.5rem; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
-h3 { font-size: .95rem; margin: 1.25rem 0 .4rem; } h3 span { color: var(--grey); font-weight: 400; }
-p { margin: .3rem 0; } .small { color: var(--grey); font-size: .85rem; }
-code { font: .78rem/1.45 ui-monospace, monospace; color: #3f3f46; overflow-wrap: anywhere; }
-.tiles { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.25rem 0; }
-.tile { border: 1px solid var(--line); border-radius: .5rem; flex: 1 1 9rem; padding: .7rem .9rem; }
-.tile b { display: block; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--grey); font-size: .82rem; }
-.do { background: #fef3c7; border-left: 4px solid #d97706; margin: 1rem 0; padding: .7rem 1rem; }
-.bad { background: #fee2e2; border-color: #dc2626; white-space: pre-wrap; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left; vertical-align: top; }
-th { color: var(--grey); font-weight: 500; } .num { text-align: right; white-space: nowrap; }
-.dot { border-radius: 50%; display: inline-block; height: .7rem; margin-right: .5rem; width: .7rem; }
-.done { background: #16a34a; } .open { background: #d4d4d8; } .running { background: #2563eb; }
-.waiting { background: #d97706; } .failed { background: #dc2626; } .stopped { background: #9333ea; }
-.bar { background: #2563eb; border-radius: .2rem; display: block; height: .75rem; min-width: 2px; }
-.time { background: #a1a1aa; height: .3rem; margin-top: .2rem; }
-.bars { display: grid; gap: .45rem .8rem; grid-template-columns: max-content 1fr max-content; align-items: center; }
-.strip { display: flex; flex-wrap: wrap; gap: .6rem; }
-.strip figure { margin: 0; } .strip img { border-radius: .25rem; display: block; height: 10.5rem; max-width: 100%; }
-figcaption { color: var(--grey); font-size: .8rem; }
-.large img { border: 1px solid var(--line); max-width: 100%; }
-.wide { overflow-x: auto; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--ink); } svg .axis { fill: var(--grey); font-size: 11px; }
-"""
+_AGAIN_S = 60  # a page of a loop that runs is loaded again
 _TITLES = {
     "blur": "redacted",
     "ingest": "people's masks",
@@ -58,9 +29,11 @@ def page(loop: Loop, state: LoopState) -> str:
     """The whole page, of a loop in any state."""
     seen = [(step, state[step.name], look_at(step)) for step in loop.steps]
     name = html.escape(loop.out.resolve().name)
+    again = f'<meta http-equiv="refresh" content="{_AGAIN_S}">\n' * (state.state == "running")
     parts = [
         f"<h1>Data engine: {name}</h1>",
         f'<p class="small">{_when(state)}</p>',
+        _flow(state),
         *_to_do(loop, state),
         _tiles(seen),
         *_bars(seen),
@@ -74,7 +47,7 @@ def page(loop: Loop, state: LoopState) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Data engine: {name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>Data engine: {name}</title>\n<style>{STYLE}</style>\n{again}</head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
@@ -91,6 +64,15 @@ def _when(state: LoopState) -> str:
         f"{state.state}: {done} of {len(state.steps)} steps done in {duration(state.seconds)} of work{last}. "
         f"From {state.file}."
     )
+
+
+def _flow(state: LoopState) -> str:
+    """The steps in a line."""
+    chips = (
+        f'<span><i class="dot {step.status}" title="{step.status}"></i>{html.escape(step.name)}</span>'
+        for step in state.steps
+    )
+    return f'<div class="flow">{"".join(chips)}</div>'
 
 
 def _to_do(loop: Loop, state: LoopState) -> list[str]:
@@ -114,7 +96,7 @@ def _tiles(seen: list[Seen]) -> str:
     """The loop in four numbers."""
     photos = max((shown.images or 0 for _, _, shown in seen), default=0)
     masks = sum(shown.masks or 0 for step, _, shown in seen if step.kind in ("ingest", "auto"))
-    tiles = [(f"{photos:,}", "photos"), (f"{masks:,}", "masks of people and automatic ones")]
+    tiles = [(f"{photos:,}", "photos"), (f"{masks:,}", "masks, people's and automatic")]
     drawn = [s.masks / s.images for _, _, s in seen if s.masks is not None and s.images]
     if len(drawn) > 1:
         tiles.append((f"{drawn[0]:.1f} → {drawn[-1]:.1f}", "masks per image, first and last run"))
@@ -255,7 +237,11 @@ def _steps(seen: list[Seen]) -> str:
             else ""
         )
         said = step.tell if step.kind == "wait" else known.error or known.report
-        lines = [html.escape(line) for line in (*said.splitlines(), shown.note) if line]
+        lines = [
+            html.escape(line)
+            for line in (*said.splitlines(), shown.note)
+            if line and not line.startswith("output: ")
+        ]
         rows.append(
             f'<tr><td style="white-space:nowrap"><span class="dot {known.status}" title="{known.status}"></span>'
             f"{html.escape(step.name)}</td><td><code>{html.escape(step.command)}</code>"
