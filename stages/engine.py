@@ -74,6 +74,11 @@ def run(loop: Loop, tell: Tell) -> LoopState:
             else:
                 _run_step(loop, state, step, commands, tell)
             state.save()
+            if commands.signum:
+                _end(loop, state, "stopped")
+                raise Interrupted(
+                    f"stopped after step {step.name}; {_resume(loop)}", commands.signum
+                )
         return _end(loop, state, "finished")
 
 
@@ -106,18 +111,18 @@ def _run_step(loop: Loop, state: LoopState, step: Step, commands: Commands, tell
         known.report, known.ended = ended.report, time.time()
     if done:
         known.status = "done"
-    if done and step.out is None:  # such as split: it wrote into what it read
-        known.reads = stamps(step)
-        for name, place in step.reads.items():
-            state[name].wrote = stamp(place)
-    if commands.signum:
-        known.status = "done" if done else "stopped"
+    elif commands.signum:
+        known.status = "stopped"
         _end(loop, state, "stopped")
         raise Interrupted(f"stopped in step {step.name}; {_resume(loop)}", commands.signum)
-    if not done:
+    else:
         known.status, known.error = "failed", ended.error
         _end(loop, state, "failed")
         raise _failed(loop, step, ended)
+    if step.out is None:  # such as split: it wrote into what it read
+        known.reads = stamps(step)
+        for name, place in step.reads.items():
+            state[name].wrote = stamp(place)
 
 
 def _failed(loop: Loop, step: Step, ended: Ended) -> StepFailed:
@@ -149,14 +154,17 @@ def _write_page(loop: Loop, state: LoopState) -> None:
 @contextmanager
 def _held(loop: Loop) -> Iterator[None]:
     """Keep other processes from running the same loop."""
+    lock = FileLock(loop.own / "lock", blocking=False)
     try:
         loop.own.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(loop.own / "lock", blocking=False)
-        with lock:
-            yield
+        lock.acquire()
     except Timeout:
         raise EngineError(
             f"another process runs a loop in {loop.out}: wait for it, or give this one another `out:`"
         ) from None
     except OSError as error:
         raise EngineError(f"cannot write to {loop.out}: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()

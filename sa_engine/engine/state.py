@@ -10,11 +10,13 @@ from typing import Any
 from sa_engine import __version__
 from sa_engine.engine.file import EngineError, Loop, Step
 from sa_engine.progress import duration
-from sa_engine.storage import AnyPath, RunPaths, atomic_write, find_run, list_names, location
+from sa_engine.storage import AnyPath, atomic_write, find_run, list_names, location
 
 FILE = "engine.json"
 SCHEMA_VERSION = 1
-_SMALL = 1 << 20  # bytes of a JSON file that is told by its content: markers, model.json
+# JSON files that are told by their content, such as markers and model.json: their bytes, and, in a folder that is no
+# run, the files beside them. An export has a JSON for every image.
+_SMALL, _FEW = 1 << 20, 100
 _WORDS = {"open": "-", "waiting": "waits", "failed": "FAILED"}
 
 
@@ -164,24 +166,24 @@ def stamp(place: str | None) -> str:
     if isinstance(where, Path) and where.is_file():
         about = where.stat()
         return f"{about.st_size} {about.st_mtime_ns}"
-    digest = hashlib.sha256()
-    folders: list[AnyPath] = [where]
+    digest, found = hashlib.sha256(), 0
     run = find_run(where)
-    if run.work is not None:  # a tree of images has its markers beside it
-        folders.append(run.shards)
-    names = 0
-    for folder in folders:
-        for name in sorted(list_names(folder)):
-            names += 1
-            digest.update(f"{name} {_inside(folder / name)}\n".encode())
-    return digest.hexdigest()[:16] if names else ""
+    # A tree of images has its markers beside it.
+    for folder in [where] if run.work is None else [where, run.shards]:
+        names = sorted(list_names(folder))
+        found += len(names)
+        whole = len(names) <= _FEW or run.info.exists()
+        for name in names:
+            digest.update(f"{name} {_inside(folder / name, whole)}\n".encode())
+    return digest.hexdigest()[:16] if found else ""
 
 
-def _inside(path: AnyPath) -> str:
+def _inside(path: AnyPath, whole: bool) -> str:
+    """The content of a small JSON file, if it is to be read, else a file's size."""
     if not isinstance(path, Path) or not path.is_file():
         return ""
     size = path.stat().st_size
-    if path.suffix == ".json" and size < _SMALL:
+    if whole and path.suffix == ".json" and size < _SMALL:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     return str(size)
 
@@ -189,11 +191,6 @@ def _inside(path: AnyPath) -> str:
 def is_there(place: str) -> bool:
     """Whether what a step waits for has come: a file, or a folder with something in it."""
     where = location(place)
-    return (
-        where.is_file() if isinstance(where, Path) and where.is_file() else bool(list_names(where))
-    )
-
-
-def paths_of(place: str) -> RunPaths:
-    """The run in a step's output."""
-    return find_run(location(place))
+    if isinstance(where, Path):
+        return where.is_file() or bool(list_names(where))
+    return where.exists() or bool(list_names(where))
