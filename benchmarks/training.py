@@ -26,7 +26,7 @@ from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import TrainingData
 from sa_engine.training.embeddings import EmbeddingCache, encoder_fingerprint
 from sa_engine.training.group import Group
-from sa_engine.training.loop import Trainer
+from sa_engine.training.sam import SamTrainer
 from sa_engine.training.tally import Tally
 
 CASES: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def measure(run: Path, embeddings: Path, **options: Any) -> tuple[float, dict[st
     sam = load_sam(resolve("vit_t"))
     data = TrainingData.open([run])
     cache = EmbeddingCache(embeddings, encoder_fingerprint(sam)) if config.cached else None
-    trainer = Trainer(config, Group(), sam, data, cache)
+    trainer = SamTrainer(config, Group(), sam, data, cache)
     if cache is not None:  # the first epoch's work is not what is asked for
         for iteration in range(1 + STEPS):
             trainer._step(0, trainer._loaded(iteration), Tally())

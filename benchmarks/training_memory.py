@@ -22,10 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 from sa_engine.modeling.sam import build_sam  # noqa: E402
 from sa_engine.training.config import RetrainConfig  # noqa: E402
-from sa_engine.training.loop import simulation_of  # noqa: E402
 from sa_engine.training.memory import estimate  # noqa: E402
 from sa_engine.training.modes import set_trainable, set_training_mode  # noqa: E402
 from sa_engine.training.optimizer import make_optimizer  # noqa: E402
+from sa_engine.training.sam import simulation_of  # noqa: E402
 from sa_engine.training.simulate import Tally  # noqa: E402
 
 USUAL: dict[str, Any] = {

@@ -23,11 +23,14 @@ from sa_engine.errors import SaEngineError
 from sa_engine.storage import atomic_write, place
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from sa_engine.modeling.sam import Sam
 
 SCHEMA_VERSION = 1
 WEIGHTS, INFO = "model.safetensors", "model.json"
 MIOU = "miou_1pt"  # the mean IoU after one click, in metrics and in what a gate measured
+RECALL = "ar_100"  # average recall of 100 boxes, likewise
 
 
 class RoundError(SaEngineError):
@@ -94,18 +97,36 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectorFacts:
+    """What a box detector is.
+
+    Attributes:
+        backbone: what it sees, see `detection.config`.
+        image_size: longest side of the image in its input, in pixels.
+        objectness: what its scores say.
+        encoder: fingerprint of the image encoder whose embedding it sees; None: it sees the pixels.
+    """
+
+    backbone: str
+    image_size: int
+    objectness: str
+    encoder: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundInfo:
     """The content of `model.json`.
 
     Attributes:
-        architecture, decoder_depth, fingerprint: of the weights, see `model_facts`.
+        architecture, decoder_depth, fingerprint: of the weights, see `model_facts`; a detector has no depth: 0.
         parent: what training started from.
         data: what it was trained on.
         config: all options.
         iterations: optimizer steps.
         seconds: that training took.
-        metrics: what training measured; `before` and `after`, each with `miou_1pt`, are of the validation images.
+        metrics: what training measured; `before` and `after`, each with the `measure`, are of the validation images.
         gate: None: there was none.
+        detector: of a box detector; None: it is a SAM.
         schema_version: of this file.
         version: of sa-engine.
     """
@@ -120,16 +141,22 @@ class RoundInfo:
     seconds: float
     metrics: dict[str, Any]
     gate: Verdict | None = None
+    detector: DetectorFacts | None = None
     schema_version: int = SCHEMA_VERSION
     version: str = __version__
 
+    @property
+    def measure(self) -> str:
+        """By which such models are compared: the name of a figure."""
+        return MIOU if self.detector is None else RECALL
+
     def validation(self) -> tuple[float, float] | None:
-        """1-point mIoU before and after training: of the validation images, else of the gate; None: not measured."""
+        """The `measure` before and after training: of the validation images, else of the gate; None: not measured."""
         measured = [(self.metrics.get("before"), self.metrics.get("after"))]
         if self.gate is not None:
             measured.append((self.gate.before, self.gate.after))
         for pair in measured:
-            values = [one.get(MIOU) if isinstance(one, dict) else None for one in pair]
+            values = [one.get(self.measure) if isinstance(one, dict) else None for one in pair]
             if all(isinstance(value, int | float) for value in values):
                 return float(values[0]), float(values[1])  # type: ignore[arg-type]
         return None
@@ -146,12 +173,12 @@ def model_facts(sam: Sam) -> dict[str, Any]:
     }
 
 
-def write_model(out: Path, sam: Sam, info: RoundInfo) -> None:
+def write_model(out: Path, model: Module, info: RoundInfo) -> None:
     """Write a round: `model.safetensors`, then `model.json`, each whole or not at all.
 
     Args:
         out: its folder; it is made if it is missing, and a round that is there is replaced.
-        sam: the model.
+        model: a SAM or a detector.
         info: what to say of it.
 
     Raises:
@@ -161,10 +188,11 @@ def write_model(out: Path, sam: Sam, info: RoundInfo) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    facts = model_facts(sam)
-    if any(getattr(info, name) != value for name, value in facts.items()):
-        raise ValueError(f"info is of another model than {facts}")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in sam.state_dict().items()}
+    from sa_engine.modeling.sam import model_fingerprint
+
+    if info.fingerprint != (found := model_fingerprint(model)):
+        raise ValueError(f"info is of another model than that with the fingerprint {found}")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     content = json.dumps(_plain(dataclasses.asdict(info)), indent=1, allow_nan=False) + "\n"
     temporary = out / f".{uuid.uuid4().hex}.tmp"
     try:
@@ -270,7 +298,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return tuple(_build(get_args(kind)[0], one, f"{where}[{i}]") for i, one in enumerate(items))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         fields, given = get_type_hints(kind), _expect(dict, value, where)
-        if unlike := sorted(fields.keys() ^ given.keys()):
+        optional = {one.name for one in dataclasses.fields(kind) if one.default is None}
+        if unlike := sorted((fields.keys() ^ given.keys()) - (optional - given.keys())):
             word = "without" if unlike[0] in fields else "with an unknown"
             raise ValueError(f"{where or 'the whole'} is {word} {unlike[0]!r}")
         prefix = f"{where}." if where else ""

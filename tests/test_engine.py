@@ -248,6 +248,8 @@ ONE = "out: o\nsteps:\n  - "
         (ONE + "a: [auto]", "step a: is ['auto']: expected a command line"),
         (ONE + "a: autoo --images p", "there is no command 'autoo' for a step: did you mean auto?"),
         (ONE + "a: engine run x.yaml", "there is no command 'engine' for a step"),
+        (ONE + "a: retrain detector --dat x", "No such option '--dat'"),
+        (ONE + "a: retrain detecter", "Got unexpected extra argument (detecter)"),
         (ONE + "a: weights", "'' for a step after weights: expected one of list, pull, path"),
         (ONE + "a: auto --imagse p", "No such option '--imagse'"),
         (ONE + "a: export", "step a: Missing"),

@@ -67,7 +67,7 @@ def test_an_object_is_prompted_eleven_times(sam: Sam, embedding: Tensor) -> None
     for seed in range(4):
         steps, tally = watch(sam, embedding, seed)
         counts = [step.labels.shape[1] for step in steps]
-        assert len(steps) == 11 and counts[0] == 2 and tally.masks == 3
+        assert len(steps) == 11 and counts[0] == 2 and tally.count == 3
         added = np.diff(counts).tolist()
         assert sorted(added) == [0, 0] + [1] * 8 and added[-1] == 0
 

@@ -18,6 +18,13 @@ class _Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of work, not of the alphabet
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Names of two words come first: `retrain detector` stands beside `retrain`."""
+        two = self.commands.get(" ".join(args[:2]))
+        return (two.name, two, args[2:]) if two is not None else super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -38,6 +45,7 @@ for command in (
     stages.ingest,
     stages.prefill,
     stages.retrain,
+    stages.retrain_detector,
     stages.auto,
     stages.blur,
     stages.blur_eval,

@@ -73,18 +73,21 @@ def _look(words: list[str], out: str) -> Known:
 
 def _command(words: list[str]) -> tuple[click.Command, list[str]]:
     """The command at the start of a command line, and its name, which may be of two words."""
-    main = click.get_current_context().find_root().command
-    command, name = main, list[str]()
-    while isinstance(command, click.Group) and words[len(name) : len(name) + 1]:
-        following = command.commands.get(words[len(name)])
-        if following is None or following is engine:
-            break
-        command, name = following, [*name, words[len(name)]]
-    if isinstance(command, click.Group) and not command.invoke_without_command:
-        found = words[len(name)] if len(words) > len(name) else ""
-        known = [one for one, each in command.commands.items() if each is not engine]
-        close = difflib.get_close_matches(found, known, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
-        after = f" after {' '.join(name)}" if name else ""
-        raise EngineError(f"there is no command {found!r} for a step{after}: {advice}")
-    return command, name
+    command, count = click.get_current_context().find_root().command, 0
+    while isinstance(command, click.Group):
+        # As the command line does: `retrain detector` stands beside `retrain`.
+        lengths = [n for n in (2, 1) if " ".join(words[count : count + n]) in command.commands]
+        if not lengths:
+            found = words[count] if len(words) > count else ""
+            known = [name for name in command.commands if name != engine.name]
+            close = difflib.get_close_matches(found, known, n=1)
+            advice = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+            after = f" after {' '.join(words[:count])}" if count else ""
+            raise EngineError(f"there is no command {found!r} for a step{after}: {advice}")
+        following = command.commands[" ".join(words[count : count + lengths[0]])]
+        if following is engine:
+            raise EngineError(
+                "there is no command 'engine' for a step: a loop is none of its own steps"
+            )
+        command, count = following, count + min(lengths[0], len(words) - count)
+    return command, words[:count]

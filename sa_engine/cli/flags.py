@@ -118,6 +118,39 @@ def run_flags(cls: type[Config]) -> Decorator:
     return decorate
 
 
+def round_flags(cls: type[Config]) -> Decorator:
+    """The flags of trainings between rounds."""
+    several = {"multiple": True, "callback": or_none, "metavar": "DIR|URI"}
+    names = ("iterations", "batch_size", "lr", "seed", "device", "precision", "num_workers")
+    flags = [
+        flag(cls, "data", help="Runs of shards whose masks are trained on; repeatable.", **several),
+        flag(cls, "out", metavar="DIR"),
+        config_flags,
+        flag(cls, "gate", help="Run to judge the round on, not trained on; repeatable.", **several),
+        *(flag(cls, name, **_ROUND_FLAGS.get(name, {})) for name in names),
+        flag(cls, "threads_per_worker"),
+        flag(cls, "ray"),
+        flag(cls, "ray_address", metavar="ADDRESS"),
+        flag(cls, "gpus_per_worker"),
+        click.option("--overwrite", is_flag=True, help=STARTS["overwrite"]),
+        click.option("--steal-lock", is_flag=True, help=STARTS["steal-lock"]),
+        click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing."),
+    ]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return decorate
+
+
+_ROUND_FLAGS: dict[str, dict[str, Any]] = {
+    "device": {"metavar": "DEVICE"},
+    "precision": {"type": click.Choice(["fp32", "bf16"])},
+}
+
+
 def privacy_flags(cls: type[Config]) -> Decorator:
     """The flags of commands that look for faces and plates."""
     several = {"multiple": True, "callback": or_none}

@@ -14,8 +14,8 @@ from sa_engine.cli.flags import (
     config_flags,
     flag,
     given_options,
-    or_none,
     privacy_flags,
+    round_flags,
     run_flags,
 )
 from sa_engine.config import (
@@ -30,8 +30,9 @@ from sa_engine.config import (
     load_config,
     to_yaml,
 )
+from sa_engine.detection.config import DetectorConfig
 from sa_engine.errors import SaEngineError, TooManyFailures
-from sa_engine.training.config import RetrainConfig
+from sa_engine.training.config import RetrainConfig, RoundConfig
 
 
 @click.command()
@@ -191,58 +192,48 @@ def _run_stage(
 
 
 @click.command()
-@click.option(
-    "--data",
-    multiple=True,
-    callback=or_none,
-    metavar="DIR|URI",
-    help="Runs of shards whose masks are trained on; repeatable.",
-)
 @flag(RetrainConfig, "init", metavar="NAME|FILE|ROUND")
-@flag(RetrainConfig, "out", metavar="DIR")
-@config_flags
-@flag(
-    RetrainConfig,
-    "gate",
-    multiple=True,
-    callback=or_none,
-    metavar="DIR|URI",
-    help="Run to judge the round on, not trained on; repeatable.",
-)
-@flag(RetrainConfig, "iterations")
-@flag(RetrainConfig, "batch_size")
-@flag(RetrainConfig, "lr")
-@flag(RetrainConfig, "seed")
-@flag(RetrainConfig, "device", metavar="DEVICE")
-@flag(RetrainConfig, "precision", type=click.Choice(["fp32", "bf16"]))
-@flag(RetrainConfig, "num_workers")
-@flag(RetrainConfig, "threads_per_worker")
-@flag(RetrainConfig, "ray")
-@flag(RetrainConfig, "ray_address", metavar="ADDRESS")
-@flag(RetrainConfig, "gpus_per_worker")
-@click.option("--overwrite", is_flag=True, help="Remove the round that is there, and start over.")
-@click.option("--steal-lock", is_flag=True, help=STARTS["steal-lock"])
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-def retrain(
-    file: Path | None,
-    sets: tuple[str, ...],
-    overwrite: bool,
-    steal_lock: bool,
-    dry_run: bool,
-    **flags: Any,
-) -> None:
+@round_flags(RetrainConfig)
+def retrain(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
     """Train SAM again on the masks of shards.
 
     This is the paper's training between rounds. The output is a round, a folder that every command takes as
     --checkpoint. Run it again with the same options to resume it.
     """
-    config = load_config(RetrainConfig, file, sets, flags)
+    _train("retrain", RetrainConfig, file, sets, flags)
+
+
+@click.command("retrain detector")
+@flag(DetectorConfig, "checkpoint", metavar="NAME|FILE|ROUND")
+@flag(DetectorConfig, "init", metavar="DETECTOR")
+@flag(DetectorConfig, "backbone", type=click.Choice(["sam", "resnet50", "mobilenet"]))
+@round_flags(DetectorConfig)
+def retrain_detector(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
+    """Train the class-agnostic box detector on the masks of shards.
+
+    It proposes the boxes from which `prefill --detector` draws masks. The output is a folder like a round. Run it
+    again with the same options to resume it.
+    """
+    _train("retrain_detector", DetectorConfig, file, sets, flags)
+
+
+def _train(
+    name: str,
+    cls: type[RoundConfig],
+    file: Path | None,
+    sets: tuple[str, ...],
+    flags: dict[str, Any],
+) -> None:
+    """Read a round's options, then train it or say what would be done."""
+    overwrite, steal_lock, dry_run = (
+        flags.pop(key) for key in ("overwrite", "steal_lock", "dry_run")
+    )
+    config = load_config(cls, file, sets, flags)
     from sa_engine.training.report import finished
 
     report = None if overwrite else finished(config)
     if report is None:
-        from stages import retrain as stage
-
+        stage = importlib.import_module(f"stages.{name}")
         planned = stage.plan(config, overwrite)
         click.echo(planned, err=not dry_run)
         if dry_run:

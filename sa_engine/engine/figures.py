@@ -39,8 +39,7 @@ class Shown:
         images, masks: finished ones, if it is a run over images.
         counts: what was found, such as {"masks": 120}.
         pictures: JPEG files with a caption each: photos with their masks, or redacted ones.
-        round: if it is a round.
-        detector: what the `model.json` of another model says under "metrics".
+        round: if it is a round of SAM or of the detector.
         files: pictures in its folder.
         table: rows of `sa-engine report`.
         page: its report.html.
@@ -52,7 +51,6 @@ class Shown:
     counts: dict[str, int] = field(default_factory=dict)
     pictures: list[tuple[bytes, str]] = field(default_factory=list)
     round: RoundInfo | None = None
-    detector: dict[str, float] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
     page: Path | None = None
@@ -68,8 +66,8 @@ def look_at(step: Step) -> Shown:
     try:
         if step.kind in ("blur", "ingest", "prefill", "auto"):
             _add_run(shown, out)
-        elif (out / INFO).exists():
-            _add_model(shown, out)
+        elif isinstance(out, Path) and (out / INFO).exists():
+            shown.round = read_round(out)
     except (SaEngineError, OSError, ValueError, KeyError, TypeError) as error:
         shown.note = " ".join(str(error).split())
     if isinstance(out, Path):
@@ -126,21 +124,6 @@ def _spread(plan: Plan, done: list[int]) -> Iterator[tuple[int, str]]:
 def _evenly(items: Sequence[T], count: int) -> list[T]:
     count = min(count, len(items))
     return [items[number * len(items) // count] for number in range(count)]
-
-
-def _add_model(shown: Shown, out: AnyPath) -> None:
-    if not isinstance(out, Path):
-        return
-    content = json.loads((out / INFO).read_bytes())
-    if "architecture" in content and "parent" in content:
-        shown.round = read_round(out)
-        return
-    metrics = content.get("metrics", {})
-    shown.detector = {
-        str(name): float(value)
-        for name, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
 
 
 def _add_files(shown: Shown, out: Path) -> None:

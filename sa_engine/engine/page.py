@@ -15,8 +15,10 @@ from sa_engine.engine.file import Loop, Step
 from sa_engine.engine.state import LoopState, StepState
 from sa_engine.engine.style import STYLE
 from sa_engine.progress import duration
+from sa_engine.rounds import MIOU, RECALL
 
 _AGAIN_S = 60  # a page of a loop that runs is loaded again
+_MEASURES = {MIOU: "1-point mIoU", RECALL: "AR@100"}
 _TITLES = {
     "blur": "redacted",
     "ingest": "people's masks",
@@ -100,10 +102,13 @@ def _tiles(seen: list[Seen]) -> str:
     drawn = [s.masks / s.images for _, _, s in seen if s.masks is not None and s.images]
     if len(drawn) > 1:
         tiles.append((f"{drawn[0]:.1f} → {drawn[-1]:.1f}", "masks per image, first and last run"))
-    gains = [shown.round.validation() for _, _, shown in seen if shown.round is not None]
-    known = [gain for gain in gains if gain is not None]
-    if known:
-        tiles.append((f"{known[-1][1] - known[-1][0]:+.3f}", "1-point mIoU, last round"))
+    rounds = [shown.round for _, _, shown in seen if shown.round is not None]
+    last = {info.measure: gain for info in rounds if (gain := info.validation()) is not None}
+    if MIOU in last:
+        before, after = last[MIOU]
+        tiles.append((f"{after - before:+.3f}", "1-point mIoU, by the last training"))
+    if RECALL in last:
+        tiles.append((f"{last[RECALL][1]:.3f}", "AR@100 of the detector"))
     cells = "".join(f'<div class="tile"><b>{b}</b><span>{text}</span></div>' for b, text in tiles)
     return f'<div class="tiles">{cells}</div>'
 
@@ -145,25 +150,20 @@ def _rounds(seen: list[Seen]) -> list[str]:
             drawn = "not measured" if gain is None else _dumbbell(*gain)
             rows.append(
                 f"<tr><td>{html.escape(step.name)}</td><td>{html.escape(Path(info.parent.name).name)}</td>"
-                f"<td>{data}</td><td class='num'>{info.iterations:,}</td><td>{drawn}</td><td{reason}>{gate}</td></tr>"
-            )
-        if shown.detector:
-            told = ", ".join(
-                f"{key.replace('_', ' ')} {value:.3g}" for key, value in shown.detector.items()
-            )
-            rows.append(
-                f"<tr><td>{html.escape(step.name)}</td><td colspan='5'>detector: {html.escape(told)}</td></tr>"
+                f"<td>{data}</td><td class='num'>{info.iterations:,}</td><td>{_MEASURES[info.measure]}</td>"
+                f"<td>{drawn}</td><td{reason}>{gate}</td></tr>"
             )
     if not rows:
         return []
     heads = "".join(
-        f"<th>{text}</th>" for text in ("", "from", "trained on", "steps", "1-point mIoU", "gate")
+        f"<th>{text}</th>"
+        for text in ("", "from", "trained on", "steps", "measure", "before → after", "gate")
     )
     return [
         "<h2>Trainings</h2>",
         f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>',
-        '<p class="small">1-point mIoU: mean IoU after one click in the middle of a mask, on images that are kept '
-        "back from the training (or of the gate), before and after it.</p>",
+        '<p class="small">1-point mIoU: mean IoU after one click in the middle of a mask; AR@100: average recall of '
+        "the detector's 100 best boxes. Both on images that are kept back from the training, or of the gate.</p>",
     ]
 
 

@@ -30,9 +30,6 @@ class ModelOptions(Config):
     cache_embeddings: bool = option(
         True, identity=True, help="Keep a frozen encoder's embeddings on disk, in half precision."
     )
-    embeddings: str | None = option(
-        None, help="Folder that keeps embeddings for other rounds; default: gone when one is done."
-    )
 
     def __post_init__(self) -> None:
         """Also check the architecture's name."""
@@ -93,7 +90,7 @@ class SimulationOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerOptions(Config):
+class ScheduleOptions(Config):
     """AdamW and its schedule (§A)."""
 
     iterations: int = option(
@@ -118,13 +115,6 @@ class OptimizerOptions(Config):
     weight_decay: float = option(
         0.1, bounds=(0, None), identity=True, help="Of weights; biases, norms and tables have none."
     )
-    layer_decay: float = option(
-        0.8, bounds=(0, 1), identity=True, help="Of the rate, per block of the encoder downwards."
-    )
-    drop_path: float = option(
-        0.4, bounds=(0, 0.99), identity=True, help="Of the encoder's last block (stochastic depth)."
-    )
-    dropout: float = option(0.1, bounds=(0, 0.99), identity=True, help="In the mask decoder.")
     clip_norm: float | None = option(
         None,
         bounds=(0, None),
@@ -134,17 +124,25 @@ class OptimizerOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(Config):
-    """Images and masks of a step (§A, §7.6)."""
+class OptimizerOptions(ScheduleOptions):
+    """What training SAM adds: rates by layer, and what is dropped at random (§A)."""
 
-    max_masks: int = option(
-        64, bounds=(1, None), identity=True, help="Masks of an image in a step, a random sample."
+    layer_decay: float = option(
+        0.8, bounds=(0, 1), identity=True, help="Of the rate, per block of the encoder downwards."
     )
+    drop_path: float = option(
+        0.4, bounds=(0, 0.99), identity=True, help="Of the encoder's last block (stochastic depth)."
+    )
+    dropout: float = option(0.1, bounds=(0, 0.99), identity=True, help="In the mask decoder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Config):
+    """Which images and masks are trained on (§A, §7.6)."""
+
+    data: tuple[str, ...] = option(help="Runs of shards whose masks are trained on.")
     max_mask_coverage: float = option(
         0.9, bounds=(0, 1), identity=True, help="Leave out masks over this share of the image."
-    )
-    jitter: tuple[float, ...] = option(
-        (), identity=True, help="Large-scale jitter: least and largest scale, in the paper 0.1,2."
     )
     oversample: tuple[str, ...] = option(
         (), identity=True, help="source=times, as manual=10; in the paper where stages are mixed."
@@ -157,12 +155,10 @@ class DataOptions(Config):
     )
 
     def __post_init__(self) -> None:
-        """Also check the jitter's range and the sources."""
+        """Also check that there are some, and the sources."""
         super().__post_init__()
-        if self.jitter and not (len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]):
-            raise ConfigError(
-                f"jitter = {list(self.jitter)}: expected least and largest scale, as 0.1, 2"
-            )
+        if not self.data:
+            raise ConfigError("data is empty: give --data with a run of shards")
         if any(times < 1 for times in self.repeat):
             raise ConfigError(f"repeat = {list(self.repeat)}: expected numbers from 1 on")
         self.source_weights()
@@ -184,14 +180,13 @@ class DataOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrainConfig(ModelOptions, SimulationOptions, OptimizerOptions, DataOptions):
-    """Training between rounds."""
+class RoundConfig(ScheduleOptions, DataOptions):
+    """What any training between rounds needs, of SAM or of a detector."""
 
-    data: tuple[str, ...] = option(help="Runs of shards whose masks are trained on.")
     out: str = option(help="Folder for the round; a round owns its folder.")
     seed: int = option(0, bounds=(0, None), identity=True, help="Of all random choices.")
-    calibrate_iou: bool = option(
-        False, identity=True, help="Afterwards, put predicted IoUs on the first model's scale."
+    embeddings: str | None = option(
+        None, help="Folder that keeps embeddings for other rounds; default: gone when one is done."
     )
     keep: Literal["last", "best"] = option(
         "last", identity=True, help="Which weights: the last, or best on the validation images."
@@ -204,20 +199,8 @@ class RetrainConfig(ModelOptions, SimulationOptions, OptimizerOptions, DataOptio
     )
     gate: tuple[str, ...] = option((), help="Runs to measure on before and after; see docs.")
     gate_images: int = option(24, bounds=(1, None), help="Of each run, to measure on.")
-    gate_miou_margin: float = option(
-        0.01, bounds=(0, 1), help="By which mean IoU may fall in a promoted round."
-    )
-    gate_masks_margin: float = option(
-        0.1, bounds=(0, 1), help="Share by which the number of automatic masks may fall."
-    )
     precision: Literal["fp32", "bf16"] = option(
         "fp32", identity=True, help="Arithmetic of the model; losses are always in fp32."
-    )
-    gradient_checkpointing: bool = option(
-        False, help="Compute the encoder's activations twice instead of keeping them."
-    )
-    masks_per_decode: int | None = option(
-        None, bounds=(1, None), identity=True, help="Masks decoded at once; default: by device."
     )
     device: str = option("auto", help="auto, cpu, cuda or mps.")
     num_workers: int = option(
@@ -237,14 +220,52 @@ class RetrainConfig(ModelOptions, SimulationOptions, OptimizerOptions, DataOptio
     log_every: int = option(20, bounds=(1, None), help="Iterations that a line of metrics covers.")
 
     def __post_init__(self) -> None:
-        """Also check what contradicts itself."""
+        """Also check the device, and that there are images to choose the best weights by."""
         super().__post_init__()
         if not re.fullmatch(r"auto|cpu|mps|cuda", self.device):
             raise ConfigError(f"device = {self.device!r}: expected auto, cpu, cuda or mps")
-        if not self.data:
-            raise ConfigError("data is empty: give --data with a run of shards")
         if self.keep == "best" and not self.validation:
             raise ConfigError("keep = best needs validation images: set validation, as to 0.1")
+
+    @property
+    def cached(self) -> bool:
+        """Whether steps begin with embeddings from the cache."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig(ModelOptions, SimulationOptions, OptimizerOptions, RoundConfig):
+    """Training SAM between rounds."""
+
+    max_masks: int = option(
+        64, bounds=(1, None), identity=True, help="Masks of an image in a step, a random sample."
+    )
+    jitter: tuple[float, ...] = option(
+        (), identity=True, help="Large-scale jitter: least and largest scale, in the paper 0.1,2."
+    )
+    calibrate_iou: bool = option(
+        False, identity=True, help="Afterwards, put predicted IoUs on the first model's scale."
+    )
+    gate_miou_margin: float = option(
+        0.01, bounds=(0, 1), help="By which mean IoU may fall in a promoted round."
+    )
+    gate_masks_margin: float = option(
+        0.1, bounds=(0, 1), help="Share by which the number of automatic masks may fall."
+    )
+    gradient_checkpointing: bool = option(
+        False, help="Compute the encoder's activations twice instead of keeping them."
+    )
+    masks_per_decode: int | None = option(
+        None, bounds=(1, None), identity=True, help="Masks decoded at once; default: by device."
+    )
+
+    def __post_init__(self) -> None:
+        """Also check the jitter's range, and what contradicts itself."""
+        super().__post_init__()
+        if self.jitter and not (len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]):
+            raise ConfigError(
+                f"jitter = {list(self.jitter)}: expected least and largest scale, as 0.1, 2"
+            )
         if self.cached and self.jitter:
             raise ConfigError(
                 "jitter changes every image, and embeddings are cached: leave out jitter, or set "

@@ -11,12 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from sa_engine import rle
 from sa_engine.evaluation.data import DataSet
 from sa_engine.evaluation.interactive import BOX
 from sa_engine.evaluation.run import short_names
 from sa_engine.finished import FinishedRun
 from sa_engine.modeling.sam import IMAGE_SIZE
-from sa_engine.records import SOURCES, ImageRecord
+from sa_engine.records import SOURCES, ImageRecord, MaskRecord
 from sa_engine.storage import AnyPath
 from sa_engine.training.frame import Frame
 from sa_engine.training.scan import RunSummary, Scan, TrainingDataError, scan_runs
@@ -24,7 +25,7 @@ from sa_engine.training.scan import RunSummary, Scan, TrainingDataError, scan_ru
 # What stands beside the data sets' names in a validation's figures; "mean" is no name of any data set.
 _TAKEN = ("iteration", BOX)
 
-__all__ = ["RunSummary", "Sample", "TrainingData", "TrainingDataError"]
+__all__ = ["Boxes", "RunSummary", "Sample", "TrainingData", "TrainingDataError"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class Sample:
     size: tuple[int, int]
     pixels: np.ndarray | None
     masks: np.ndarray
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """One image of a step of a detector, whole, in the model-input frame.
+
+    Attributes:
+        size: (h, w) of the image's pixels in the model-input frame.
+        pixels: (h, w, 3) uint8 RGB; None where an embedding is used instead.
+        boxes: (N, 4) float64 XYXY around its usable masks, in the order of the record.
+    """
+
+    size: tuple[int, int]
+    pixels: np.ndarray | None
+    boxes: np.ndarray
 
 
 class TrainingData:
@@ -197,6 +213,27 @@ class TrainingData:
         image = frame.pixels(self._finished[run].picture(record)) if pixels else None
         return Sample(run, record.image_id, frame.size, image, np.stack(masks))
 
+    def boxes(self, index: int, image_size: int = IMAGE_SIZE, pixels: bool = True) -> Boxes:
+        """Read an image and the boxes around its masks.
+
+        Args:
+            index: below `len`.
+            image_size: longest side of the image in the model input.
+            pixels: whether to read the picture.
+
+        Raises:
+            RunError: the image cannot be read; it names the run, the shard and the image.
+        """
+        run, record = self._record(index)
+        frame = Frame.fit(record.height, record.width, image_size)
+        (height, width), segmentations = (
+            frame.size,
+            [mask.segmentation for mask in self._usable(record)],
+        )
+        scale = np.array([width / record.width, height / record.height] * 2)
+        image = frame.pixels(self._finished[run].picture(record)) if pixels else None
+        return Boxes(frame.size, image, rle.boxes(segmentations) * scale)
+
     def content_key(self, index: int) -> str:
         """Sha256 (hex) of the image's content, see `FinishedRun.content_key`: equal keys, equal pixels."""
         run, record = self._record(index)
@@ -210,12 +247,16 @@ class TrainingData:
         run = int(self._run[index])
         return run, self._finished[run].record(int(self._image_id[index]))
 
+    def _usable(self, record: ImageRecord) -> list[MaskRecord]:
+        """An image's masks that are neither empty nor too large."""
+        most = self._max_mask_coverage * (record.height * record.width)
+        return [mask for mask in record.masks if 0 < mask.area <= most]
+
     def _masks(
         self, record: ImageRecord, frame: Frame, count: int, rng: np.random.Generator
     ) -> list[np.ndarray]:
         """A random sample of an image's masks as the frame shows them, in the order of the record."""
-        most = self._max_mask_coverage * (record.height * record.width)
-        usable = [mask for mask in record.masks if 0 < mask.area <= most]
+        usable = self._usable(record)
         most_seen = self._max_mask_coverage * (frame.size[0] * frame.size[1])
         found: dict[int, np.ndarray] = {}
         for number in rng.permutation(len(usable)).tolist():

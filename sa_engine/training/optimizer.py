@@ -2,11 +2,12 @@
 
 import re
 from collections import defaultdict
+from typing import Any
 
 import torch
 
 from sa_engine.modeling.sam import Sam
-from sa_engine.training.config import OptimizerOptions
+from sa_engine.training.config import OptimizerOptions, ScheduleOptions
 
 _ENCODER = "image_encoder."
 _NO_DECAY = re.compile(
@@ -38,6 +39,19 @@ def make_optimizer(sam: Sam, options: OptimizerOptions) -> torch.optim.AdamW:
     )
 
 
+def plain_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of a model's parameters that require a gradient: biases and norms have no weight decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {
+            "params": [p for p in trained if (p.ndim > 1) == decays],
+            "scale": 1.0,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+
+
 def layer_numbers(sam: Sam) -> dict[str, int]:
     """Layer of every parameter of the image encoder: 0 for the patches, then block by block; the neck comes last."""
     layers: dict[str, int] = {}
@@ -56,7 +70,7 @@ def layer_numbers(sam: Sam) -> dict[str, int]:
     return layers
 
 
-def rate(options: OptimizerOptions, iteration: int) -> float:
+def rate(options: ScheduleOptions, iteration: int) -> float:
     """Learning rate of an iteration, counted from 0."""
     if iteration < options.warmup:
         return options.lr * (iteration + 1) / options.warmup

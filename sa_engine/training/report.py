@@ -10,7 +10,7 @@ from sa_engine.config import ConfigError, identity_values
 from sa_engine.rounds import INFO, Parent, RoundInfo, read_round
 from sa_engine.run_dir import check_same, read_info
 from sa_engine.storage import RunPaths, location
-from sa_engine.training.config import RetrainConfig
+from sa_engine.training.config import RoundConfig
 
 if TYPE_CHECKING:
     from sa_engine.evaluation.data import DataSet
@@ -23,6 +23,7 @@ class Plan:
     """A round before it is trained: all that can be known and refused by then.
 
     Attributes:
+        stage: by which it is trained.
         config: its options.
         paths: its folder.
         data: what it is trained on.
@@ -30,20 +31,21 @@ class Plan:
         fingerprint: of the weights that it starts from.
         gate: data sets that it is judged on.
         parameters: trained, and all.
-        memory: of a worker.
+        memory: of a worker; None: not known.
         shortage: what to do if that is too much; None if it is not.
         done: iterations that are done already.
     """
 
-    config: RetrainConfig
+    stage: str
+    config: RoundConfig
     paths: RunPaths
     data: TrainingData
     parent: Parent
     fingerprint: str
     gate: tuple[DataSet, ...]
     parameters: tuple[int, int]
-    memory: MemoryEstimate
-    shortage: str | None
+    memory: MemoryEstimate | None = None
+    shortage: str | None = None
     done: int = 0
 
     def __str__(self) -> str:
@@ -65,7 +67,8 @@ class Plan:
             f"{config.iterations} iterations of {config.batch_size} images, {epochs:.1f} epochs"
             + f"; {self.done} done" * (self.done > 0)
         )
-        lines.append(str(self.memory))
+        if self.memory is not None:
+            lines.append(str(self.memory))
         if self.shortage is not None:
             lines.append(f"warning: {self.shortage}")
         lines += [f"gate: {one.name}, {len(one.image_ids)} images" for one in self.gate]
@@ -95,7 +98,7 @@ class RoundReport:
         return "\n".join(lines)
 
 
-def round_paths(config: RetrainConfig) -> RunPaths:
+def round_paths(config: RoundConfig) -> RunPaths:
     """Where a round's files are. Raises ConfigError for what is no folder on a file system."""
     out = location(config.out)
     if not isinstance(out, Path):
@@ -105,7 +108,7 @@ def round_paths(config: RetrainConfig) -> RunPaths:
     return RunPaths(out)
 
 
-def finished(config: RetrainConfig) -> RoundReport | None:
+def finished(config: RoundConfig) -> RoundReport | None:
     """The round that a config describes, if it is there already. Raises RunError if another is."""
     paths = round_paths(config)
     if not (paths.out / INFO).exists():

@@ -95,7 +95,7 @@ class Simulation:
                 losses, chosen, iou, torch.from_numpy(prompts.boxed), (number, self.prompts.steps)
             )
             outputs = ~single
-        tally.masks += len(masks)
+        tally.count += len(masks)
 
     def _decode(
         self, sam: Sam, embedding: Tensor, prompts: Prompts, previous: Tensor | None

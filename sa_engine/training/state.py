@@ -23,7 +23,7 @@ class TrainingState:
         model: state dict of the SAM.
         optimizer: state dict of the optimizer.
         seconds: of training so far.
-        masks: trained so far.
+        count: of masks (or images) trained so far.
         validations: of every validation so far, {"iteration": ..., data set: mean IoU, ...}.
         best: iteration with the best validation, and its state dict; None before the first.
     """
@@ -32,7 +32,7 @@ class TrainingState:
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     seconds: float = 0.0
-    masks: int = 0
+    count: int = 0
     validations: list[dict[str, float]] = field(default_factory=list)
     best: tuple[int, dict[str, Tensor]] | None = None
 

@@ -18,16 +18,31 @@ SUMS = (
     *("iou_error", "box_miou", "point_miou", "boxes", "last_miou"),
     *(f"best_{output}" for output in range(MULTIMASK_OUTPUTS + 1)),
 )
+TIMES = "ms_per_"  # how the key of a line's times begins
 PARTS = ("data", "encoder", "prompts", "decoder", "losses", "backward", "optimizer")
 
 
 @dataclass
 class Tally:
-    """Sums over masks, to be divided by their number, which stay on their device until then; and seconds by part."""
+    """Sums over masks (or images), to be divided by their number, which stay on their device until then.
 
-    masks: int = 0
-    sums: dict[str, Tensor | float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    Attributes:
+        names: of the sums.
+        parts: of the work.
+        count: of masks.
+        sums: by name.
+        seconds: by part.
+    """
+
+    names: tuple[str, ...] = SUMS
+    parts: tuple[str, ...] = PARTS
+    count: int = 0
+    sums: dict[str, Tensor | float] = field(init=False)
+    seconds: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing."""
+        self.sums, self.seconds = dict.fromkeys(self.names, 0.0), dict.fromkeys(self.parts, 0.0)
 
     def add(self, name: str, values: Tensor) -> None:
         """Add up (B,) values."""

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import cv2
 import torch
 from tqdm import tqdm
 
-from sa_engine.modeling.sam import model_fingerprint
+from sa_engine.modeling.sam import Sam, model_fingerprint
 from sa_engine.storage import RunError, RunPaths, atomic_write
-from sa_engine.training.config import RetrainConfig
+from sa_engine.training.config import RetrainConfig, RoundConfig
 from sa_engine.training.data import TrainingData
 from sa_engine.training.embeddings import EmbeddingCache, encoder_fingerprint
 from sa_engine.training.group import Group
 from sa_engine.training.init import initial_model
 from sa_engine.training.loop import Trainer
+from sa_engine.training.sam import SamTrainer
 from sa_engine.training.state import TrainingState, load_state, save_state
+from sa_engine.training.tally import TIMES
 from sa_engine.training.validation import Validation
 
 METRICS = "metrics.jsonl"
@@ -31,20 +34,32 @@ class Job:
     """What a worker is sent.
 
     Attributes:
+        make: a function of a module, which gives the trainer in a worker's process.
         config: of the round.
         paths: of the round.
         data: what it is trained on.
         fingerprint: of the model that it starts from, which every worker loads by itself.
     """
 
-    config: RetrainConfig
+    make: "Callable[[Group, Job, TrainingState | None], Trainer[Any, Any]]"
+    config: RoundConfig
     paths: RunPaths
     data: TrainingData
     fingerprint: str
 
 
+def work(group: Group, job: Job) -> int:
+    """Train, in this process; gives the number of the signal that ended it, 0 if none did."""
+    cv2.setNumThreads(1)
+    trainer = job.make(group, job, load_state(job.paths))
+    if not group.is_main:
+        return trainer.run(_nothing, _nothing)
+    with _Journal(job.paths, trainer) as journal:
+        return trainer.run(lambda state: save_state(job.paths, state), journal.note, journal.tick)
+
+
 def first_model(config: RetrainConfig, device: torch.device | str = "cpu") -> Any:
-    """The model that a round starts from, and its parent; the same in every process."""
+    """The SAM that a round starts from, and its parent; the same in every process."""
     return initial_model(
         config.init,
         architecture=config.architecture,
@@ -57,10 +72,10 @@ def first_model(config: RetrainConfig, device: torch.device | str = "cpu") -> An
     )
 
 
-def work(group: Group, job: Job) -> int:
-    """Train, in this process; gives the number of the signal that ended it, 0 if none did."""
-    cv2.setNumThreads(1)
-    config, paths = job.config, job.paths
+def sam_trainer(group: Group, job: Job, state: TrainingState | None) -> SamTrainer:
+    """The trainer of a SAM. Raises RunError if a worker finds another model than the round was started with."""
+    config = job.config
+    assert isinstance(config, RetrainConfig)
     sam, _ = first_model(config)
     if model_fingerprint(sam) != job.fingerprint:
         raise RunError(
@@ -68,29 +83,26 @@ def work(group: Group, job: Job) -> int:
             "started: give all machines the same file"
         )
     sam.to(group.device)
-    cache = None
-    if config.cached:
-        encoder = f"{encoder_fingerprint(sam)}-{config.precision}"
-        cache = EmbeddingCache(embeddings_folder(job), encoder)
-        if group.is_main:
-            cache.check_space({job.data.content_key(index) for index in range(len(job.data))})
+    cache = open_cache(group, job, sam) if config.cached else None
     validation = None
     if config.validation:
         sets = [(one.name, one) for one in job.data.validation_sets()]
         frozen = not config.train_encoder
         validation = Validation(sets, config.validation_images, group, frozen)
-    state = load_state(paths)
-    trainer = Trainer(config, group, sam, job.data, cache, validation, state)
-    if not group.is_main:
-        return trainer.run(_nothing, _nothing)
-    with _Journal(paths, config, trainer.state) as journal:
-        return trainer.run(lambda state: save_state(paths, state), journal.note, journal.tick)
+    return SamTrainer(config, group, sam, job.data, cache, validation, state)
 
 
-def embeddings_folder(job: Job) -> Path:
-    """Where embeddings are kept: as the options say, else in the round while it is trained."""
+def open_cache(group: Group, job: Job, sam: Sam) -> EmbeddingCache:
+    """The embeddings of a round's images by a model's encoder, made or not.
+
+    Raises EmbeddingCacheError if those that are missing have no room.
+    """
     own = job.config.embeddings
-    return Path(own).expanduser() if own else job.paths.scratch.parent / "embeddings"
+    folder = Path(own).expanduser() if own else job.paths.scratch.parent / "embeddings"
+    cache = EmbeddingCache(folder, f"{encoder_fingerprint(sam)}-{job.config.precision}")
+    if group.is_main:
+        cache.check_space({job.data.content_key(index) for index in range(len(job.data))})
+    return cache
 
 
 def _nothing(*args: object) -> None:
@@ -100,12 +112,14 @@ def _nothing(*args: object) -> None:
 class _Journal:
     """What the main worker tells of a training: `metrics.jsonl`, TensorBoard where it is installed, a bar or lines."""
 
-    def __init__(self, paths: RunPaths, config: RetrainConfig, state: TrainingState) -> None:
+    def __init__(self, paths: RunPaths, trainer: Trainer[Any, Any]) -> None:
+        state = trainer.state
         self._path, self._scratch = paths.out / METRICS, paths.scratch
+        self._measured, self._words = trainer.measure_name, trainer.told
         # Lines after the state that training goes on from will be written again.
         reached = state.iteration or -1
         self._lines = [one for one in read_metrics(paths) if one["iteration"] <= reached]
-        self._total, self._first = config.iterations, state.iteration
+        self._total, self._first = trainer.config.iterations, state.iteration
         self._board = _board(paths)
         self._bar: tqdm | None = None
         self._told = time.monotonic()
@@ -133,12 +147,13 @@ class _Journal:
         self._lines.append(line)
         text = "".join(json.dumps(one) + "\n" for one in self._lines)
         atomic_write(self._path, text.encode(), scratch=self._scratch, durable=False)
-        values = {**line, **line.get("validation", {}), **line.get("ms_per_mask", {})}
+        parts: dict[str, float] = next((line[key] for key in line if key.startswith(TIMES)), {})
+        values = {**line, **line.get("validation", {}), **parts}
         if self._board is not None:
             for name, value in values.items():
-                if isinstance(value, int | float) and name not in ("iteration", "masks"):
+                if isinstance(value, int | float) and name not in ("iteration", "masks", "images"):
                     self._board.add_scalar(name, value, line["iteration"])
-        told = words(line)
+        told = words(line, self._words, self._measured)
         if self._bar is not None:
             self._bar.set_postfix_str(told)
         elif time.monotonic() - self._told > _LINE_S or "validation" in line:
@@ -147,12 +162,11 @@ class _Journal:
             sys.stderr.flush()
 
 
-def words(line: dict[str, Any]) -> str:
-    """A line of metrics as a person reads it."""
+def words(line: dict[str, Any], names: Mapping[str, str], measured: str) -> str:
+    """A line of metrics as a person reads it: means by their `names`, or what was `measured` on validation images."""
     if "validation" in line:
-        named = [f"{name} {value:.3f}" for name, value in line["validation"].items()]
-        return "validation mIoU: " + ", ".join(named)
-    names = {"total": "loss", "point_miou": "mIoU of points", "box_miou": "of boxes"}
+        found = [f"{name} {value:.3f}" for name, value in line["validation"].items()]
+        return f"validation {measured}: " + ", ".join(found)
     known = {told: line[name] for name, told in names.items() if line[name] is not None}
     return ", ".join(f"{told} {value:.3f}" for told, value in known.items())
 
