@@ -189,7 +189,7 @@ def test_a_signal_reaches_the_step_and_the_loop_goes_on(
     while not paths.info.exists() and run.poll() is None:
         time.sleep(0.05)
     run.send_signal(signum)
-    stdout, stderr = run.communicate(timeout=60)
+    stdout, stderr = run.communicate(timeout=300)
     assert run.returncode == 128 + signum, stdout + stderr
     assert "stopped in step masks; the same `sa-engine engine run" in stderr
     assert "Traceback" not in stderr and "resume with: sa-engine auto" in stderr

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,6 +24,7 @@ _START = (
     "from sa_engine.cli import main; main()"
 )
 _KEPT = 12  # last lines of an output
+_LAST_WORDS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Commands:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
                 text=True,
                 encoding="utf-8",
                 errors="replace",
@@ -105,23 +107,26 @@ class Commands:
             def pump(stream: IO[str], lines: deque[str], wrong: bool) -> None:
                 for line in stream:
                     with lock:
+                        if file.closed:
+                            return
                         lines.append(line.rstrip())
                         file.write(line)
                         file.flush()
-                        self._tell(line.rstrip("\n"), wrong)
+                        with suppress(OSError):  # nobody reads it any more, as after `| head`
+                            self._tell(line.rstrip("\n"), wrong)
 
             assert child.stdout is not None and child.stderr is not None
             threads = [
-                threading.Thread(target=pump, args=(stream, lines, bool(wrong)))
+                threading.Thread(target=pump, args=(stream, lines, bool(wrong)), daemon=True)
                 for wrong, (stream, lines) in enumerate(
                     zip((child.stdout, child.stderr), kept, strict=True)
                 )
             ]
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
             code = child.wait()
+            for thread in threads:  # what it started may hold its output open and live on
+                thread.join(_LAST_WORDS_S)
         self._child = None
         return Ended(code if code >= 0 else 128 - code, "\n".join(kept[0]), _error(list(kept[1])))
 
