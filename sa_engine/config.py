@@ -397,7 +397,12 @@ class AutoConfig(PrivacyConfig, MaskConfig, ModelConfig, ShardConfig):
 class PrefillConfig(FilterConfig, ModelConfig, ShardConfig):
     """The semi-automatic stage's first half: masks of detected boxes, for annotators to start from (paper §4)."""
 
-    boxes: str = option(help="JSON file of detected boxes, by image (docs/prefill.md).")
+    detector: str | None = option(
+        None, help="Detector, as `retrain detector` leaves it in a folder."
+    )
+    boxes: str | None = option(
+        None, help="Instead: JSON file of detected boxes, by image (docs/prefill.md)."
+    )
     box_score_thresh: float = option(
         0.0, bounds=(0, 1), identity=True, help="Least score of a box that becomes a prompt."
     )
@@ -408,9 +413,18 @@ class PrefillConfig(FilterConfig, ModelConfig, ShardConfig):
         True, identity=True, help="Prompt a second time, with the box's own mask fed back (§D.4)."
     )
 
+    def __post_init__(self) -> None:
+        """Also check that boxes come from one place."""
+        super().__post_init__()
+        if (self.detector is None) == (self.boxes is None):
+            found = "neither" if self.boxes is None else "both"
+            raise ConfigError(
+                f"{found} of detector and boxes given: boxes come from --detector DIR, or from --boxes FILE"
+            )
+
     def identity_of_files(self) -> dict[str, Any]:
         """The boxes: another file has other ones."""
-        return {"boxes": _sha256_of_boxes(self.boxes)}
+        return {} if self.boxes is None else {"boxes": _sha256_of_boxes(self.boxes)}
 
 
 def _sha256_of_boxes(file: str) -> str:

@@ -12,11 +12,21 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sa_engine.modeling.zoo import MODELS
-from sa_engine.rounds import INFO, WEIGHTS, RoundError, RoundInfo, read_round
+from sa_engine.rounds import (
+    FRESH,
+    INFO,
+    MIOU,
+    RECALL,
+    WEIGHTS,
+    RoundError,
+    RoundInfo,
+    read_round,
+)
 
-_TEXTS = ("round", "parent", "model", "gate")
-_NUMBERS = ("images", "masks", "iterations", "minutes", "1 point", "after", "gain")
-_COLUMNS = (*_TEXTS[:3], *_NUMBERS, "gate")
+_TEXTS = ("round", "parent", "model", "measure", "gate")
+_NUMBERS = ("images", "masks", "iterations", "minutes", "before", "after", "gain")
+_COLUMNS = (*_TEXTS[:3], *_NUMBERS[:4], "measure", *_NUMBERS[4:], "gate")
+_MEASURES = {MIOU: "1 point", RECALL: "AR@100"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,7 @@ def _oddities(rounds: tuple[Round, ...]) -> Iterator[str]:
             yield f"{' and '.join(names)} have the same weights"
     for one in rounds:
         given = one.info.parent
-        if one.parent is not None or given.name in MODELS:
+        if one.parent is not None or given.name in (*MODELS, FRESH):
             continue
         if namesake := next((other.name for other in rounds if _is_called(other.name, given.name)), None):  # fmt: skip
             yield (
@@ -168,7 +178,11 @@ def _oddities(rounds: tuple[Round, ...]) -> Iterator[str]:
 
 def _cells(one: Round) -> tuple[str, ...]:
     info, measured = one.info, one.info.validation()
-    depth = "" if info.decoder_depth == 2 else f" ({info.decoder_depth} decoder layers)"
+    depth = (
+        ""
+        if info.decoder_depth == 2 or info.detector
+        else f" ({info.decoder_depth} decoder layers)"
+    )
     gate = "-" if info.gate is None else "promoted" if info.gate.promoted else "refused"
     gain = ("-", "-", "-")
     if measured is not None:
@@ -182,6 +196,7 @@ def _cells(one: Round) -> tuple[str, ...]:
         f"{sum(data.masks for data in info.data):,}",
         f"{info.iterations:,}",
         f"{info.seconds / 60:,.1f}",
+        _MEASURES[info.measure],
         *gain,
         gate,
     )

@@ -53,7 +53,11 @@ class Prefiller:
 
     @torch.inference_mode()
     def prefill(
-        self, image: np.ndarray, boxes: np.ndarray, scores: np.ndarray
+        self,
+        image: np.ndarray,
+        boxes: np.ndarray,
+        scores: np.ndarray,
+        embedding: Embedding | None = None,
     ) -> list[PrefilledMask]:
         """Masks of a (H, W, 3) uint8 RGB image at its released size, most to least confident.
 
@@ -61,12 +65,14 @@ class Prefiller:
             image: the image.
             boxes: (N, 4) XYXY in its pixels.
             scores: (N,) of the boxes, 0 to 1; not a number where a box has none: such boxes come first, and all stay.
+            embedding: of the image, where there is one already.
         """
         chosen = self._choose(scores)
         if not len(chosen):
             return []
         boxes, scores = boxes[chosen], scores[chosen]
-        embedding = self.predictor.embed(image)
+        if embedding is None:
+            embedding = self.predictor.embed(image)
         found = [
             mask
             for start in range(0, len(boxes), self.boxes_per_batch)

@@ -53,6 +53,7 @@ class MaskRecord:
         box_score: of the detected box that prompted it.
         prefill_id: id of the mask that an annotator was shown.
         edit_status: what the annotator did with that mask.
+        edit_iou: IoU of that mask with this one; older shards lack the column.
         redacted: whether it is of a redacted face or plate: None if nothing was redacted in its run.
     """
 
@@ -76,6 +77,7 @@ class MaskRecord:
     box_score: float | None = None
     prefill_id: int | None = None
     edit_status: str | None = None
+    edit_iou: float | None = None
     redacted: bool | None = None
 
     def __post_init__(self) -> None:
@@ -227,6 +229,7 @@ _MASK_TYPE = pa.struct(
         ("box_score", pa.float64()),
         ("prefill_id", pa.int64()),
         ("edit_status", pa.string()),
+        ("edit_iou", pa.float64()),
         ("redacted", pa.bool_()),
     ]
 )

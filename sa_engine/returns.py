@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from sa_engine.finished import FinishedRun
-from sa_engine.pairing import PairingError, pair_masks, stem
+from sa_engine.pairing import Pair, PairingError, pair_masks, stem
 from sa_engine.plan import read_plan
 from sa_engine.reader import iter_tables
 from sa_engine.records import ImageRecord, MaskRecord
@@ -59,8 +59,8 @@ class PrefilledRun:
 
         Returns:
             The image, each mask with its `edit_status` ("kept", "edited" or "added") and, if it was shown to the
-            annotators, `prefill_id`, `box_score` and the model's fingerprint; and the masks that were deleted. None if
-            the image was not prefilled.
+            annotators, `edit_iou`, `prefill_id`, `box_score` and the model's fingerprint; and the masks that were
+            deleted. None if the image was not prefilled.
 
         Raises:
             PairingError: it has another size, or could be several.
@@ -75,7 +75,7 @@ class PrefilledRun:
             )
         pairs = pair_masks(shown.masks, record.masks)
         of = {pair.after.id: pair for pair in pairs if pair.after is not None}
-        masks = tuple(_told(mask, of[mask.id].before, of[mask.id].fate) for mask in record.masks)
+        masks = tuple(_told(mask, of[mask.id]) for mask in record.masks)
         deleted = [pair.before for pair in pairs if pair.before and pair.after is None]
         return replace(record, masks=masks), deleted
 
@@ -92,12 +92,14 @@ class PrefilledRun:
         return self._run.record(next(iter(found))) if found else None
 
 
-def _told(mask: MaskRecord, before: MaskRecord | None, fate: str) -> MaskRecord:
+def _told(mask: MaskRecord, pair: Pair) -> MaskRecord:
+    before = pair.before
     if before is None:
-        return replace(mask, edit_status=fate)
+        return replace(mask, edit_status=pair.fate)
     return replace(
         mask,
-        edit_status=fate,
+        edit_status=pair.fate,
+        edit_iou=pair.iou,
         prefill_id=before.id,
         box_score=before.box_score,
         model_fingerprint=before.model_fingerprint,

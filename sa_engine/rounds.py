@@ -16,7 +16,7 @@ import types
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from sa_engine import __version__
 from sa_engine.errors import SaEngineError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 WEIGHTS, INFO = "model.safetensors", "model.json"
 MIOU = "miou_1pt"  # the mean IoU after one click, in metrics and in what a gate measured
+FRESH = "fresh"  # the parent's name of what started from no other weights
 RECALL = "ar_100"  # average recall of 100 boxes, likewise
 
 
@@ -190,8 +191,10 @@ def write_model(out: Path, model: Module, info: RoundInfo) -> None:
 
     from sa_engine.modeling.sam import model_fingerprint
 
-    if info.fingerprint != (found := model_fingerprint(model)):
-        raise ValueError(f"info is of another model than that with the fingerprint {found}")
+    found = {"fingerprint": model_fingerprint(model)}
+    facts = found if info.detector else model_facts(cast("Sam", model))
+    if any(getattr(info, name) != value for name, value in facts.items()):
+        raise ValueError(f"info is of another model than {facts}")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     content = json.dumps(_plain(dataclasses.asdict(info)), indent=1, allow_nan=False) + "\n"
     temporary = out / f".{uuid.uuid4().hex}.tmp"
@@ -243,15 +246,40 @@ def read_round(path: Path) -> RoundInfo:
         raise RoundError(f"{file}: damaged, {error}") from None
 
 
-def weights_of(path: Path) -> Path:
+def read_detector(path: Path) -> RoundInfo:
+    """What a detector's folder says of it. Raises RoundError for what is no detector."""
+    return _read_kind(path, detector=True)
+
+
+def _read_kind(path: Path, detector: bool) -> RoundInfo:
+    """The content of `model.json`. Raises RoundError also if the model is of the other kind."""
+    info = read_round(path)
+    if detector and info.detector is None:
+        raise RoundError(
+            f"{path / INFO} is of a {info.architecture} SAM, expected a detector: name a folder that "
+            "`sa-engine retrain detector --out` has finished"
+        )
+    if info.detector is not None and not detector:
+        raise RoundError(
+            f"{path / INFO} is of a detector, expected a SAM: name a folder that `sa-engine retrain "
+            "--out` has finished, a file or a model's name"
+        )
+    return info
+
+
+def weights_of(path: Path, detector: bool = False) -> Path:
     """The weights of a round, by its folder; cheap: of the weights only the header is read.
 
+    Args:
+        path: the folder.
+        detector: whether it is to be a detector's, or a SAM's.
+
     Raises:
-        RoundError: not a finished round, or weights that are cut off or of another round.
+        RoundError: not a finished round, one of the other kind, or weights that are cut off or of another round.
     """
     from safetensors import SafetensorError, safe_open
 
-    fingerprint, file = read_round(path).fingerprint, path / WEIGHTS
+    fingerprint, file = _read_kind(path, detector).fingerprint, path / WEIGHTS
     try:
         with safe_open(file, framework="numpy") as tensors:
             found = (tensors.metadata() or {}).get("fingerprint")

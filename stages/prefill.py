@@ -15,13 +15,15 @@ from sa_engine import runner
 from sa_engine.boxes import Boxes, BoxesError, boxes_of_run
 from sa_engine.config import PrefillConfig
 from sa_engine.images import decode_image
-from sa_engine.model_stage import ModelStage, absolute
+from sa_engine.model_stage import ModelMismatch, ModelStage, absolute
 from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
 from sa_engine.records import MaskRecord, mask_id
 from sa_engine.release import at_released_size, released_image
+from sa_engine.rounds import read_detector
 
 if TYPE_CHECKING:  # a finished run returns without importing torch
+    from sa_engine.detection.model import BoxDetector
     from sa_engine.modeling.sam import Sam
     from sa_engine.prefiller import PrefilledMask
 
@@ -48,11 +50,36 @@ class PrefillStage(ModelStage):
     """The stage as the runner knows it."""
 
     boxes: Boxes = field(default_factory=dict)
+    detector: Path | None = None
+    detector_fingerprint: str | None = None
     name: str = "prefill"
 
     def identity(self, config: PrefillConfig) -> dict[str, str]:
-        """Load the model and say which weights it has."""
-        return {"model_fingerprint": self.load_model()}
+        """Load the model and the detector, and say which weights they have."""
+        found = {"model_fingerprint": self.load_model()}
+        if self.detector is not None:
+            self.load_detector()
+            found["detector_fingerprint"] = str(self.detector_fingerprint)
+        return found
+
+    def load_detector(self) -> "BoxDetector | None":
+        """The detector, if there is one.
+
+        Raises:
+            RoundError: it is damaged, or sees another encoder's embedding.
+            ModelMismatch: it is not the driver's.
+        """
+        from sa_engine.detection.files import load_detector
+
+        if self.detector is None:
+            return None
+        model, info = load_detector(self.detector, self.sam)
+        if info.fingerprint != self.detector_fingerprint:
+            raise ModelMismatch(
+                f"detector {self.detector} has other weights on this worker (fingerprint {info.fingerprint[:12]}) than "
+                f"on the driver ({str(self.detector_fingerprint)[:12]}): give both the same folder"
+            )
+        return model
 
     def worker_memory(self, config: PrefillConfig) -> int:
         """Peak memory of a worker."""
@@ -61,21 +88,29 @@ class PrefillStage(ModelStage):
     def make_worker(self, config: PrefillConfig) -> "PrefillWorker":
         """Load the model in this process and check that it is the driver's."""
         sam, fingerprint = self.model_of_worker()
-        return PrefillWorker(sam, fingerprint, config, self.boxes)
+        return PrefillWorker(sam, fingerprint, config, self.boxes, self.load_detector())
 
 
 class PrefillWorker:
     """Masks of one photo at a time, in the runner's three overlapping steps."""
 
-    def __init__(self, sam: "Sam", fingerprint: str, config: PrefillConfig, boxes: Boxes) -> None:
+    def __init__(
+        self,
+        sam: "Sam",
+        fingerprint: str,
+        config: PrefillConfig,
+        boxes: Boxes,
+        detector: "BoxDetector | None" = None,
+    ) -> None:
+        from sa_engine.detection.detector import Detector
         from sa_engine.modeling.sam import select_device
         from sa_engine.predictor import Predictor
         from sa_engine.prefiller import Prefiller
 
-        predictor = Predictor(
-            sam.to(select_device(config.device)), config.precision, config.compile
-        )
-        self.prefiller = Prefiller(predictor, config)
+        device = select_device(config.device)
+        self.predictor = Predictor(sam.to(device), config.precision, config.compile)
+        self.prefiller = Prefiller(self.predictor, config)
+        self.detector = None if detector is None else Detector(detector.to(device))
         self.fingerprint, self.config, self.boxes = fingerprint, config, boxes
 
     def prepare(self, item: PlannedImage, data: bytes) -> Decoded:
@@ -89,9 +124,16 @@ class PrefillWorker:
         )
 
     def process(self, item: PlannedImage, prepared: Decoded) -> Prefilled:
-        """Prompt the model with the boxes."""
-        masks = self.prefiller.prefill(prepared.released, prepared.boxes, prepared.scores)
-        return Prefilled(prepared.released, prepared.sha256, masks)
+        """Find the boxes, unless they were given, and prompt the model with them."""
+        image, boxes, scores, sha256 = prepared
+        embedding = None
+        if self.detector is not None:
+            if self.detector.takes_embedding:
+                embedding = self.predictor.embed(image)  # one for boxes and masks
+            features = None if embedding is None else embedding.features
+            boxes, scores = self.detector.detect(image, features)
+        masks = self.prefiller.prefill(image, boxes, scores, embedding)
+        return Prefilled(image, sha256, masks)
 
     def finish(self, item: PlannedImage, result: Prefilled) -> Finished:
         """Make the record and the released JPEG."""
@@ -141,8 +183,13 @@ def describe(config: PrefillConfig, start: runner.Start = runner.RESUME) -> runn
 
 
 def _stage(config: PrefillConfig) -> PrefillStage:
-    boxes = boxes_of_run(Path(config.boxes), config, scored=True)
-    return PrefillStage(checkpoint=absolute(config.checkpoint), boxes=boxes)
+    checkpoint = absolute(config.checkpoint)
+    if config.boxes is not None:
+        boxes = boxes_of_run(Path(config.boxes), config, scored=True)
+        return PrefillStage(checkpoint=checkpoint, boxes=boxes)
+    detector = Path(str(config.detector)).expanduser().absolute()
+    fingerprint = read_detector(detector).fingerprint
+    return PrefillStage(checkpoint=checkpoint, detector=detector, detector_fingerprint=fingerprint)
 
 
 def _arrays(boxes: list[list[float]], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from sa_engine.detection.model import BoxDetector
 from sa_engine.detection.trainer import LOSSES, DetectorTrainer
 from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_device
 from sa_engine.modeling.weights import resolve
-from sa_engine.rounds import RECALL, Parent, RoundInfo, Verdict, weights_of, write_model
+from sa_engine.rounds import FRESH, RECALL, Parent, RoundInfo, Verdict, weights_of, write_model
 from sa_engine.storage import RunError, atomic_write, sha256_file
 from sa_engine.training import round
 from sa_engine.training.embeddings import encoder_fingerprint
@@ -24,8 +24,6 @@ from sa_engine.training.report import Plan, RoundReport
 from sa_engine.training.state import TrainingState
 from sa_engine.training.validation import MEAN
 from sa_engine.training.worker import Job, open_cache, read_metrics
-
-FRESH = "fresh"
 
 
 def plan(config: DetectorConfig, overwrite: bool = False) -> Plan:
@@ -116,7 +114,7 @@ def _parent(config: DetectorConfig, sam: Sam | None) -> Parent:
     if config.init is not None:
         folder = Path(config.init)
         _, info = load_detector(folder, sam)
-        sha256 = sha256_file(weights_of(folder))
+        sha256 = sha256_file(weights_of(folder, detector=True))
         facts = {"name": config.init, "fingerprint": info.fingerprint, "sha256": sha256}
     if sam is not None:
         path = resolve(config.checkpoint)

@@ -22,6 +22,7 @@ from sa_engine.config import (
     to_dict,
     to_yaml,
 )
+from sa_engine.detection.config import DetectorConfig
 from sa_engine.training.config import RetrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -58,9 +59,9 @@ def test_ingest_yaml_lists_every_option() -> None:
 
 
 def test_prefill_yaml_lists_every_option() -> None:
-    paths = {**PATHS, "boxes": "boxes.json"}
-    defaults = to_dict(PrefillConfig(**paths))
-    assert listed("prefill.yaml") == {k: v for k, v in defaults.items() if k not in paths}
+    defaults = to_dict(PrefillConfig(**PATHS, boxes="boxes.json"))
+    given = {*PATHS, "boxes", "detector"}
+    assert listed("prefill.yaml") == {k: v for k, v in defaults.items() if k not in given}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +235,11 @@ def test_the_papers_training_is_the_default() -> None:
     listed_here = listed("retrain/vit_h.yaml")
     defaults = to_dict(RetrainConfig(**RETRAIN_PATHS))
     assert listed_here == {k: v for k, v in defaults.items() if k not in RETRAIN_PATHS}
+
+
+def test_the_detectors_file_lists_the_defaults() -> None:
+    defaults = to_dict(DetectorConfig(**RETRAIN_PATHS))
+    assert listed("detector.yaml") == {k: v for k, v in defaults.items() if k not in RETRAIN_PATHS}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "retrain").glob("*.yaml")))

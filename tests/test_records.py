@@ -77,6 +77,7 @@ def manual() -> MaskRecord:
         box_score=0.1 + 0.2,
         prefill_id=70000,
         edit_status="refined",
+        edit_iou=0.75,
         redacted=False,
     )
 

@@ -98,6 +98,10 @@ def test_the_loop_comes_out_exactly_as_it_was_done(prefilled: Path, tmp_path: Pa
     }
     masks = [mask for record in iter_records(tmp_path / "returned") for mask in record.masks]
     assert {mask.source for mask in masks} == {"semi-automatic"}
+    before = coco.decode(next(mask.segmentation for mask in large.masks if mask.id == edited))
+    iou = float((before & grown).sum() / (before | grown).sum())
+    ious = [mask.edit_iou for mask in by_photo(tmp_path / "returned")[large.file_name].masks]
+    assert ious == [pytest.approx(iou), 1.0, None] and iou < 1
     assert [mask.box_score for mask in by_photo(tmp_path / "returned")[large.file_name].masks] == [
         large.masks[1].box_score, large.masks[2].box_score, None]  # fmt: skip
     assert {mask.model_fingerprint for mask in masks} == {large.masks[0].model_fingerprint, None}

@@ -258,12 +258,12 @@ def test_the_command_gives_a_table(written: Path, info: RoundInfo, tmp_path: Pat
     lines = [line.split("  ") for line in result.stdout.splitlines()]
     table = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert table == [
-        ["round", "parent", "model", "images", "masks", "iterations", "minutes", "1 point", "after",
-         "gain", "gate"],
-        ["01", "vit_t", "vit_t", "2,400", "6", "90,000", "1.5", "0.500", "0.625", "+0.125", "refused"],
-        ["02", "01", "vit_t (3 decoder layers)", "2,400", "6", "90,000", "1.5", "0.600", "0.500",
-         "-0.100", "promoted"],
-        ["03", "vit_t", "vit_t", "2,400", "6", "90,000", "1.5", "-", "-", "-", "-"],
+        ["round", "parent", "model", "images", "masks", "iterations", "minutes", "measure",
+         "before", "after", "gain", "gate"],
+        ["01", "vit_t", "vit_t", "2,400", "6", "90,000", "1.5", "1 point", "0.500", "0.625", "+0.125", "refused"],
+        ["02", "01", "vit_t (3 decoder layers)", "2,400", "6", "90,000", "1.5", "1 point", "0.600",
+         "0.500", "-0.100", "promoted"],
+        ["03", "vit_t", "vit_t", "2,400", "6", "90,000", "1.5", "1 point", "-", "-", "-", "-"],
         [],
         ["01 refused: box mIoU fell"],
     ]  # fmt: skip

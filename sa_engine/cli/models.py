@@ -100,8 +100,8 @@ def evaluate(
 def list_rounds(folder: Path, as_json: bool) -> None:
     """Say which model came from which, and whether it got better.
 
-    DIR holds rounds, as retrain writes them. "1 point" is the mean IoU after one click before
-    training, "after" the same after it.
+    DIR holds rounds, as retrain writes them. "before" and "after" training is the mean IoU after one
+    click, or of a detector the average recall of its 100 best boxes.
     """
     from sa_engine.lineage import lineage
 
@@ -113,7 +113,21 @@ def list_rounds(folder: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("truth", metavar="TRUTH")
-@click.argument("runs", metavar="OUT...", nargs=-1, required=True)
+@click.argument("runs", metavar="[OUT]...", nargs=-1)
+@click.option(
+    "--detector",
+    "detectors",
+    multiple=True,
+    metavar="DETECTOR",
+    help="Detector whose boxes to measure too, with --boxes; repeatable.",
+)
+@click.option(
+    "--checkpoint",
+    default="vit_t",
+    show_default=True,
+    metavar="NAME|FILE|ROUND",
+    help="Model whose embedding detectors see.",
+)
 @click.option("--out", metavar="DIR|URI", help="For recall.json and recall.png.")
 @click.option(
     "--proposals",
@@ -142,7 +156,8 @@ def recall(
 
     This is the paper's AR@1000: of the masks of TRUTH, the share that the best masks of OUT find, ranked by
     the mean of predicted IoU and stability score, averaged over IoUs of 0.5 to 0.95. Both are folders of runs
-    over the same photos; if there are several OUT, the others are compared with the first.
+    over the same photos; if there are several OUT, the others are compared with the first. Boxes of detectors
+    are ranked by their score.
     """
     from sa_engine.evaluation.recall import measure, write
     from sa_engine.evaluation.run import prepare_output

@@ -73,6 +73,7 @@ def ingest(file: Path | None, sets: tuple[str, ...], **flags: Any) -> None:
 
 @click.command()
 @run_flags(PrefillConfig)
+@flag(PrefillConfig, "detector", metavar="DETECTOR")
 @flag(PrefillConfig, "boxes", metavar="FILE")
 @flag(PrefillConfig, "checkpoint", metavar="NAME|FILE|ROUND")
 @flag(PrefillConfig, "device", metavar="DEVICE")
@@ -169,6 +170,8 @@ def _tell_notes(config: Config) -> None:
     from sa_engine.privacy.notes import notes
 
     told = rounds.notes(config.checkpoint) if isinstance(config, ModelConfig) else []
+    if isinstance(config, PrefillConfig) and config.detector is not None:
+        told += rounds.notes(config.detector)
     if isinstance(config, PrivacyConfig) and getattr(config, "blur", True):
         told += notes(config)
     for note in told:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from sa_engine.detection.config import SAM_BACKBONE, DetectorConfig
 from sa_engine.detection.model import BoxDetector
 from sa_engine.modeling.sam import Sam, model_fingerprint
-from sa_engine.rounds import INFO, DetectorFacts, RoundError, RoundInfo, read_round, weights_of
+from sa_engine.rounds import DetectorFacts, RoundError, RoundInfo, read_detector, weights_of
 from sa_engine.training.embeddings import encoder_fingerprint
 
 ARCHITECTURE = "detector"
@@ -49,15 +49,10 @@ def detector_facts(model: BoxDetector, config: DetectorConfig, sam: Sam | None) 
     }
 
 
-def read_detector(path: Path) -> RoundInfo:
-    """What a detector's folder says of it. Raises RoundError for what is no detector."""
-    info = read_round(path)
-    if info.detector is None:
-        raise RoundError(
-            f"{path / INFO} is of a {info.architecture} SAM, expected a detector: name a folder that "
-            "`sa-engine retrain detector --out` has finished"
-        )
-    return info
+def sees_embedding(folder: Path) -> bool:
+    """Whether a detector sees SAM's embedding, and not the pixels. Raises RoundError for what is no detector."""
+    facts = read_detector(folder).detector
+    return facts is not None and facts.backbone == SAM_BACKBONE
 
 
 def load_detector(path: Path, sam: Sam | None = None) -> tuple[BoxDetector, RoundInfo]:
@@ -71,7 +66,7 @@ def load_detector(path: Path, sam: Sam | None = None) -> tuple[BoxDetector, Roun
         RoundError: no detector there, a damaged one, or one for the embedding of another image encoder.
     """
     info = read_detector(path)
-    facts, file = info.detector, weights_of(path)
+    facts, file = info.detector, weights_of(path, detector=True)
     assert facts is not None
     if facts.backbone == SAM_BACKBONE and sam is not None:
         found = encoder_fingerprint(sam)

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from sa_engine.detection.detector import Detector
+from sa_engine.detection.files import load_detector, sees_embedding
 from sa_engine.detection.model import BoxDetector
-from sa_engine.evaluation.proposals import ALL, Proposals, image_recall
+from sa_engine.evaluation.data import DataSet
+from sa_engine.evaluation.proposals import ALL, ImageRecall, Proposals, image_recall
 from sa_engine.images import resize_image
-from sa_engine.modeling.sam import Sam, input_size
+from sa_engine.modeling.sam import Sam, input_size, load_sam, select_device
+from sa_engine.modeling.weights import resolve
 from sa_engine.records import ImageRecord
 from sa_engine.training.group import Group
 from sa_engine.training.sam import encode
@@ -31,6 +35,36 @@ def embedder(sam: Sam | None, precision: str) -> Callable[[np.ndarray], Tensor |
         return encode(sam, pixels, precision)
 
     return embed
+
+
+def detector_recall(
+    data: DataSet,
+    folder: Path,
+    checkpoint: str,
+    limit: int = 1000,
+    done: Callable[[int], object] = lambda images: None,
+) -> dict[int, ImageRecall]:
+    """What a detector's boxes find of the truth, by image id.
+
+    Args:
+        data: the truth.
+        folder: of the detector.
+        checkpoint: the SAM whose embedding it sees.
+        limit: proposals per image.
+        done: called with the number of images that were added.
+
+    Raises:
+        SaEngineError: no such detector or model, or images that cannot be read.
+    """
+    device = select_device("auto")
+    sam = load_sam(resolve(checkpoint), device) if sees_embedding(folder) else None
+    detector, embed = Detector(load_detector(folder, sam)[0].to(device)), embedder(sam, "fp32")
+    recalls = {}
+    for record, image in data:
+        proposals = Proposals(*detector.detect(image, embed(image)))
+        recalls[record.image_id] = image_recall(record, proposals, "boxes", limit)
+        done(1)
+    return recalls
 
 
 class Validation:

@@ -113,10 +113,12 @@ class DetectorTrainer(Trainer[DetectorConfig, Loaded]):
         if loaded.embedding is not None:
             return loaded.embedding.to(device).float()
         assert pixels is not None
-        if self.sam is None or self.cache is None:
+        if self.sam is None:
             return model_input(pixels, self.detector.image_size).to(device)
         with torch.no_grad():
             embedding = encode(self.sam, pixels, self.config.precision)
+        if self.cache is None:
+            return embedding
         # As it will come back from the cache: an embedding is the same the first time and later.
         self.cache.put(self.data.content_key(place.image), embedding)
         return self.cache.rounded(embedding)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,9 +189,11 @@ def measure(
     limits: tuple[int, ...] = (10, 100, 1000),
     split: str = "all",
     seed: int = 0,
+    detectors: Sequence[str] = (),
+    checkpoint: str = "vit_t",
     progress: bool = False,
 ) -> RecallReport:
-    """Measure how many of the true masks the masks of runs find.
+    """Measure how many of the true masks the masks of runs find, and the boxes of detectors.
 
     Args:
         truth: folder of a run of shards whose masks are the truth.
@@ -199,23 +202,37 @@ def measure(
         limits: numbers of proposals per image, ascending.
         split: of the truth, see `open_data`.
         seed: of the bootstrap.
+        detectors: folders of detectors, for boxes; they come after the runs.
+        checkpoint: the model whose embedding detectors see.
         progress: show a bar on stderr.
 
     Raises:
         SaEngineError: no run, no masks, no image in all of them, or what `run_recall` raises.
     """
-    places = [location(run) for run in runs]
-    if len(set(map(str, places))) < len(places):
-        raise EvaluationError(f"a run is named twice: {', '.join(runs)}")
+    places, folders = [location(run) for run in runs], [Path(one) for one in detectors]
+    every = [*map(str, places), *map(str, folders)]
+    if len(set(every)) < len(every):
+        raise EvaluationError(f"a run is named twice: {', '.join(every)}")
+    if detectors and kind != "boxes":
+        raise EvaluationError("a detector gives boxes, and masks are compared: add --boxes")
+    if not every:
+        raise EvaluationError("nothing to measure: name a run, or a detector with --detector")
     out = location(truth)
     data = open_data(out, short_names([str(out)])[0], split)
-    total = len(places) * len(data.image_ids)
+    total = len(every) * len(data.image_ids)
     with tqdm(total=total, unit="image", disable=not progress, dynamic_ncols=True) as bar:
         found = [run_recall(data, place, kind, limits[-1], bar.update) for place in places]
+        if folders:
+            from sa_engine.detection.measure import detector_recall  # needs torch; runs do not
+
+            found += [
+                detector_recall(data, folder, checkpoint, limits[-1], bar.update)
+                for folder in folders
+            ]
     common = set.intersection(*map(set, found))
     if not common:
-        raise EvaluationError(f"no image of {out} is in all of {', '.join(runs)}")
-    names = short_names([str(place) for place in places])
+        raise EvaluationError(f"no image of {out} is in all of {', '.join(every)}")
+    names = short_names(every)
     return RecallReport(
         kind=kind,
         limits=limits,
@@ -223,7 +240,7 @@ def measure(
         left_out=tuple(one for one in data.image_ids if one not in common),
         runs=tuple(
             RunRecall(name, place, {i: image for i, image in recalls.items() if i in common})
-            for name, place, recalls in zip(names, places, found, strict=True)
+            for name, place, recalls in zip(names, [*places, *folders], found, strict=True)
         ),
         split=split,
         seed=seed,

@@ -19,11 +19,10 @@ from sa_engine.modeling.sam import (
     read_state_dict,
 )
 from sa_engine.modeling.weights import resolve
-from sa_engine.rounds import Parent
+from sa_engine.rounds import FRESH, Parent
 from sa_engine.storage import sha256_file
 from sa_engine.training.mae import encoder_from_mae, mae_architecture, mae_state
 
-FRESH = "fresh"
 _ENCODER, _LAYERS = "image_encoder.", "mask_decoder.transformer.layers."
 _STD = 0.02  # of fresh weights, as ViTs have it
 

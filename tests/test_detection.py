@@ -1,0 +1,292 @@
+"""The box detector: small ones trained from nothing, and one over real weights from training to drawn masks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import box_iou
+from training import SIDE, make_run, quarters, small_sam
+
+from sa_engine.cli import main
+from sa_engine.detection.config import DetectorConfig
+from sa_engine.detection.detector import Detector
+from sa_engine.detection.files import load_detector
+from sa_engine.detection.measure import Validation, embedder
+from sa_engine.detection.model import BoxDetector
+from sa_engine.detection.objectness import IouProposals, decoded_iou
+from sa_engine.detection.trainer import DetectorTrainer
+from sa_engine.evaluation.data import open_data
+from sa_engine.modeling.sam import load_sam
+from sa_engine.modeling.weights import resolve
+from sa_engine.options import ConfigError
+from sa_engine.reader import iter_records
+from sa_engine.rounds import RoundError
+from sa_engine.storage import RunPaths
+from sa_engine.training.data import TrainingData
+from sa_engine.training.group import Group
+from sa_engine.training.parallel import run_workers
+from sa_engine.training.state import load_state, save_state
+from stages.retrain_detector import judge
+
+SMALL: dict[str, Any] = {
+    "data": ("-",),
+    "out": "-",
+    "iterations": 4,
+    "batch_size": 4,
+    "warmup": 2,
+    "schedule": "constant",
+    "log_every": 2,
+    "validation": 0.0,
+    "keep": "last",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, photos: list[np.ndarray]) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number, photo in enumerate(photos):
+        for turn in range(2):
+            Image.fromarray(photo).reduce(8).rotate(180 * turn).save(folder / f"{number}{turn}.png")
+    return make_run(folder, tmp_path_factory.mktemp("runs") / "run", quarters)
+
+
+def make_trainer(
+    run: Path, group: Group | None = None, state: Any = None, **options: Any
+) -> DetectorTrainer:
+    config = DetectorConfig(**{**SMALL, **options})
+    sam = small_sam() if config.backbone == "sam" else None
+    torch.manual_seed(config.seed)
+    model = BoxDetector(config.backbone, SIDE, config.objectness)
+    data = TrainingData.open([run], seed=config.seed)
+    return DetectorTrainer(config, group or Group(), model, data, sam, state=state)
+
+
+def train(
+    run: Path, group: Group | None = None, **options: Any
+) -> tuple[DetectorTrainer, list[Any]]:
+    trainer, lines = make_trainer(run, group, **options), []
+    assert trainer.run(lambda state: None, lines.append) == 0
+    return trainer, lines
+
+
+def weights(trainer: DetectorTrainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def train_as_worker(group: Group, run: Path, options: dict[str, Any]) -> dict[str, Tensor]:
+    trainer, _ = train(run, group, **options)
+    return weights(trainer)
+
+
+def test_a_detector_learns_where_the_objects_are(run: Path) -> None:
+    """From nothing it finds hardly any of the quarters of these eight pictures, afterwards many."""
+    trainer = make_trainer(run, iterations=30, batch_size=2, lr=1e-3)
+    data = open_data(run, "quarters")
+    validation = Validation([("quarters", data)], 8, Group(), embedder(trainer.sam, "fp32"))
+    before = validation.measure(trainer.detector)["mean"]
+    lines: list[Any] = []
+    trainer.run(lambda state: None, lines.append)
+    after = validation.measure(trainer.detector)["mean"]
+    assert lines[-1]["total"] < lines[0]["total"] / 1.5
+    print(before, after, lines[0], lines[-1])
+    assert before < 0.2 < 0.5 < after
+    assert set(lines[0]["ms_per_image"]) == set(trainer.parts)
+    assert lines[-1]["images"] == 30 * 2
+
+
+def test_a_training_that_was_stopped_ends_with_the_same_weights(run: Path, tmp_path: Path) -> None:
+    whole, _ = train(run)
+    paths = RunPaths(tmp_path)
+    stopped = make_trainer(run, Group(heard=lambda: 15 if stopped.state.iteration == 2 else 0))
+    assert stopped.run(lambda state: save_state(paths, state), lambda line: None) == 15
+    state = load_state(paths)
+    assert state is not None and state.iteration == 2
+    resumed = make_trainer(run, state=state)
+    resumed.run(lambda state: None, lambda line: None)
+    found, expected = weights(resumed), weights(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_two_workers_take_the_same_steps_as_one(run: Path) -> None:
+    options = {"iterations": 2, "objectness": "iou"}
+    alone = train_as_worker(Group(), run, options)
+    shared = run_workers(train_as_worker, run, options, num_workers=2, threads=1)
+    for name, value in alone.items():
+        far = (shared[name] - value).abs() > 1e-5
+        assert far.float().mean() < 0.001, name  # AdamW makes whole steps of a gradient's rounding
+
+
+def test_the_iou_of_deltas_is_that_of_their_boxes() -> None:
+    coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
+    torch.manual_seed(0)
+    corners = torch.rand(50, 2) * 100
+    anchors = torch.cat([corners, corners + 5 + torch.rand(50, 2) * 80], dim=1)
+    first, second = torch.randn(50, 4), torch.randn(50, 4)
+    boxes = [coder.decode_single(deltas, anchors) for deltas in (first, second)]
+    expected = box_iou(*boxes).diagonal()
+    torch.testing.assert_close(decoded_iou(coder, first, second), expected)
+    assert expected.max() > 0.5
+
+
+@pytest.mark.parametrize("objectness", ["class", "iou"])
+def test_only_class_objectness_takes_what_is_not_drawn_for_background(objectness: str) -> None:
+    """One drawn object at the top left: may an anchor at the bottom right be taught a low score?"""
+    torch.manual_seed(0)
+    model = BoxDetector("sam", SIDE, objectness)
+    assert isinstance(model.rpn, IouProposals) == (objectness == "iou")
+    embedding = torch.randn(1, 256, SIDE // 16, SIDE // 16)
+    scores: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, outputs: Any) -> None:
+        for level in outputs[0]:
+            level.retain_grad()
+        scores.extend(outputs[0])
+
+    model.rpn.head.register_forward_hook(keep)
+    losses = model.losses(embedding, [(SIDE, SIDE)], [torch.tensor([[2.0, 2.0, 40.0, 40.0]])])
+    losses["loss_objectness"].backward()
+    gradient = scores[0].grad
+    assert gradient is not None and gradient[..., :6, :6].abs().sum() > 0
+    assert bool(gradient[..., 10:, 10:].abs().sum() > 0) == (objectness == "class")
+
+
+def test_boxes_come_out_in_the_photos_own_pixels() -> None:
+    """Of a picture twice as large they are twice as large."""
+    torch.manual_seed(0)
+    detector = Detector(BoxDetector("mobilenet", SIDE))
+    picture = np.random.default_rng(0).integers(0, 255, (96, SIDE, 3), dtype=np.uint8)
+    boxes, scores = detector.detect(picture)
+    doubled, same = detector.detect(picture.repeat(2, axis=0).repeat(2, axis=1))
+    assert len(boxes) > 3 and (np.diff(scores) <= 0).all()
+    # Scores of a fresh detector are nearly equal: which of two boxes goes differs, but hardly any goes.
+    nearest = np.abs(doubled[:, None] - boxes * 2).max(axis=2).min(axis=1)
+    assert (nearest < 0.1).mean() > 0.9
+    np.testing.assert_allclose(same[:20], scores[:20], atol=1e-3)
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= SIDE and boxes[:, 3].max() <= 96
+
+
+def test_the_gate_refuses_a_detector_that_finds_less() -> None:
+    assert not judge({"ar_100": 0.30}, {"ar_100": 0.28}, 0.01).promoted
+    assert judge({"ar_100": 0.30}, {"ar_100": 0.295}, 0.01).promoted
+    first = judge(None, {"ar_100": 0.28}, 0.01)
+    assert first.promoted and "0.280" in first.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 640}, "SAM's embedding is of 1024 pixels"),
+        ({"backbone_weights": "DEFAULT"}, "has none"),
+        ({"backbone": "vgg"}, "expected sam or resnet50 or mobilenet"),
+        ({"data": ()}, "data is empty"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DetectorConfig(**{**SMALL, **options})
+
+
+# Real weights, through the command line.
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, photo_files: list[Path]) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    for file in photo_files[:2]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    return make_run(folder, tmp_path_factory.mktemp("runs") / "drawn", quarters)
+
+
+def invoke(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(one) for one in arguments])
+
+
+@pytest.fixture(scope="module")
+def detector(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("detectors") / "01"
+    result = invoke("retrain", "detector", "--data", drawn, "--out", out, "--iterations", 2,
+                    "--batch-size", 1, "--set", "validation=0.5", "--threads-per-worker", 1)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_a_detector_is_a_round(detector: Path, drawn: Path) -> None:
+    info = json.loads((detector / "model.json").read_bytes())
+    assert info["detector"]["backbone"] == "sam" and info["parent"]["name"] == "fresh"
+    assert info["data"][0]["images"] == 1 and "ar_100" in info["metrics"]["after"]
+    assert (detector / "curves.png").stat().st_size > 10_000
+    assert not (detector / "_run" / "state.pt").exists()
+    again = invoke("retrain", "detector", "--data", drawn, "--out", detector, "--iterations", 2,
+                   "--batch-size", 1, "--set", "validation=0.5", "--threads-per-worker", 1)  # fmt: skip
+    assert again.exit_code == 0 and "2 iterations" in again.output
+    table = invoke("rounds", detector.parent).output
+    assert "AR@100" in table and "fresh" in table and "not here" not in table
+
+
+def test_prefill_draws_what_a_detector_finds(
+    detector: Path, photo_files: list[Path], tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.open(photo_files[1]).save(images / "coffee.png")
+    out = tmp_path / "prefilled"
+    result = invoke("prefill", "--images", images, "--detector", detector, "--out", out, "--local",
+                    "--threads-per-worker", 1, "--set", "pred_iou_thresh=0.5", "--set", "max_boxes=20",
+                    "--set", "stability_score_thresh=0.5")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (record,) = iter_records(out)
+    assert record.masks and all(0 < mask.box_score <= 1 for mask in record.masks)
+    # The same as when it is asked by hand, and its boxes are prompts.
+    image = np.asarray(Image.open(images / "coffee.png").convert("RGB"))
+    sam = load_sam(resolve("vit_t"))
+    model, _ = load_detector(detector, sam)
+    boxes, scores = Detector(model).detect(image, embedder(sam, "fp32")(image))
+    far = [min(abs(scores[:20] - mask.box_score)) for mask in record.masks]
+    assert max(far) < 1e-5 and len(boxes) == len(scores)
+
+
+def test_a_folder_that_is_no_such_detector_is_refused(
+    detector: Path, drawn: Path, tmp_path: Path
+) -> None:
+    prefill = ("prefill", "--images", tmp_path, "--out", tmp_path / "out", "--local", "--detector")
+    (tmp_path / "photo.png").write_bytes(b"")
+    result = invoke(*prefill, tmp_path / "nowhere")
+    assert result.exit_code == 2 and "is not a round" in result.output
+    result = invoke("auto", "--images", tmp_path, "--out", tmp_path / "out", "--local",
+                    "--checkpoint", detector)  # fmt: skip
+    assert result.exit_code == 2 and "is of a detector" in result.output
+    with pytest.raises(RoundError, match="another image encoder"):
+        load_detector(detector, small_sam())
+    (detector / "copy").mkdir()
+    info = json.loads((detector / "model.json").read_bytes())
+    info["detector"] = None
+    (detector / "copy" / "model.json").write_text(json.dumps(info))
+    result = invoke(*prefill, detector / "copy")
+    assert result.exit_code == 2 and "expected a detector" in result.output
+
+
+def test_boxes_come_from_one_place(tmp_path: Path) -> None:
+    arguments = ("prefill", "--images", tmp_path, "--out", tmp_path / "out")
+    assert "neither of detector and boxes" in invoke(*arguments).output
+    both = invoke(*arguments, "--detector", "a", "--boxes", "b.json")
+    assert both.exit_code == 2 and "both of detector and boxes" in both.output
+
+
+def test_a_detector_can_start_from_another(detector: Path, drawn: Path, tmp_path: Path) -> None:
+    common = ("retrain", "detector", "--data", drawn, "--iterations", 1, "--batch-size", 1,
+              "--set", "validation=0.5", "--threads-per-worker", 1, "--init", detector)  # fmt: skip
+    refused = invoke(*common, "--out", tmp_path / "a", "--set", "objectness=iou")
+    assert refused.exit_code == 2 and "objectness = class, expected iou" in refused.output
+    grown = invoke(*common, "--out", tmp_path / "b")
+    assert grown.exit_code == 0, grown.output
+    info = json.loads((tmp_path / "b" / "model.json").read_bytes())
+    parent = json.loads((detector / "model.json").read_bytes())
+    assert info["parent"]["fingerprint"] == parent["fingerprint"]
+    assert info["metrics"]["before"] == parent["metrics"]["after"]
