@@ -17,7 +17,6 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from sa_engine.cli import main
-from sa_engine.engine.page import page
 from sa_engine.engine.state import stamp
 from sa_engine.lock import is_live
 from sa_engine.reader import iter_records
@@ -289,6 +288,29 @@ def test_a_step_may_have_its_own_place_and_options_that_look_like_it(tmp_path: P
     assert f"auto --images p --out={tmp_path}/b\n" in told and f"show {tmp_path}/b --out" in told
 
 
+@pytest.mark.parametrize("name", ["configs/engine.yaml", "demo/engine.yaml"])
+def test_the_loops_that_are_here_can_be_read(name: str) -> None:
+    """All of their commands are known, with their flags; the paper's order is in both."""
+    result = engine("run", Path(__file__).parents[1] / name, "--dry-run")
+    assert result.exit_code == 0, result.output
+    commands = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("  sa-")]
+    stages = [
+        one for one in commands if one in ("blur", "ingest", "retrain", "prefill", "auto", "report")
+    ]
+    assert stages == [
+        "blur",
+        "ingest",
+        "retrain",
+        "retrain",
+        "prefill",
+        "ingest",
+        "retrain",
+        "auto",
+        "report",
+    ]
+    assert "retrain detector --data" in result.stdout and "--detector" in result.stdout
+
+
 def test_stamps_follow_the_content(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     assert stamp(str(folder)) == stamp(None) == ""
@@ -304,14 +326,12 @@ def test_stamps_follow_the_content(tmp_path: Path) -> None:
 
 
 def test_a_damaged_output_is_told_on_the_page(loop: Path, tmp_path: Path) -> None:
-    assert engine("run", loop).exit_code == 0
     out = tmp_path / "loop out"
-    for marker in (out / "round0").glob("sa_*.json"):
-        marker.write_text("{}")
-    from sa_engine.cli.engine import _look
-    from sa_engine.engine.file import read_loop
-    from sa_engine.engine.state import read_state
-
-    with main.make_context("sa-engine", ["engine"]):
-        read = read_loop(loop, _look)
-    assert "round0" in page(read, read_state(read))
+    loop.write_text(loop.read_text().partition("  - held-out")[0])
+    assert engine("run", loop).exit_code == 0
+    assert "4 images: 4 ok" in (out / "index.html").read_text()
+    (marker, *_) = (out / "round0").glob("sa_*.json")
+    marker.write_text("{}")
+    result = engine("run", loop)  # the stage does not like it either
+    assert result.exit_code != 0 and statuses(out) == {"round0": "failed"}
+    assert "round0 cannot be shown: " in (out / "index.html").read_text()

@@ -58,7 +58,7 @@ class Shown:
 
 
 def look_at(step: Step) -> Shown:
-    """What there is to show of a step; what cannot be read is said in its note."""
+    """What there is to show of a step; what cannot be read is said in its note, as a page is not worth a crash."""
     shown = Shown()
     if step.out is None or step.kind == "wait":
         return shown
@@ -69,7 +69,9 @@ def look_at(step: Step) -> Shown:
         elif isinstance(out, Path) and (out / INFO).exists():
             shown.round = read_round(out)
     except (SaEngineError, OSError, ValueError, KeyError, TypeError) as error:
-        shown.note = " ".join(str(error).split())
+        shown.note = (
+            f"{out} cannot be shown: {type(error).__name__}: {' '.join(str(error).split())}"
+        )
     if isinstance(out, Path):
         _add_files(shown, out)
     return shown
