@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 TOOLS ?= .venv-tools
 DEMO ?= build/demo
+LOOP := build/demo-engine
 BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-tools parity bench lint format clean
+.PHONY: help install demo demo-engine test test-slow test-tools parity bench lint format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## Set up .venv with sa-engine
 	@echo "Installed. Run $(BIN)/sa-engine --help, or: . $(BIN)/activate"
@@ -25,6 +26,22 @@ demo: $(VENV)/.installed ## Run sa-engine auto on four photos, with real weights
 	@echo
 	@echo "Shards (SA-1B tars, Parquet):  $(DEMO)/shards"
 	@echo "Pictures with their masks:     $(DEMO)/pictures/contact_sheet.jpg"
+
+demo-engine: $(VENV)/.installed ## Run the whole loop in miniature: blur, annotate, train, prefill, train, segment
+	$(BIN)/sa-engine weights pull vit_t
+	@mkdir -p $(LOOP)/photos/first $(LOOP)/photos/second
+	@data=$$($(BIN)/python -c 'import os, skimage; print(os.path.dirname(skimage.__file__))')/data && \
+	  cp -p $$data/astronaut.png $$data/coffee.png $$data/coins.png $$data/motorcycle_left.png $(LOOP)/photos/first && \
+	  cp -p $$data/camera.png $$data/chelsea.png $$data/rocket.jpg $(LOOP)/photos/second
+	@data=$$($(BIN)/python -c 'import matplotlib; print(matplotlib.get_data_path())')/sample_data && \
+	  cp -p $$data/grace_hopper.jpg $(LOOP)/photos/second
+	$(BIN)/sa-engine engine run docs/demo/engine.yaml
+	@test -f $(LOOP)/loop/drawn.json || $(BIN)/python docs/demo/annotator.py draw $(LOOP)/loop/blurred/first $(LOOP)/loop/drawn.json
+	$(BIN)/sa-engine engine run docs/demo/engine.yaml
+	@test -f $(LOOP)/loop/returned.json || $(BIN)/python docs/demo/annotator.py correct $(LOOP)/loop/handout $(LOOP)/loop/returned.json
+	$(BIN)/sa-engine engine run docs/demo/engine.yaml
+	@echo
+	@echo "The loop on one page: $(LOOP)/loop/index.html"
 
 test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some of them)
 	$(BIN)/python -m pytest -m "not slow and not parity_full" $(ARGS)

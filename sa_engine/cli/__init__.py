@@ -6,6 +6,7 @@ import click
 
 from sa_engine import __version__
 from sa_engine.cli import models, runs, stages
+from sa_engine.cli.engine import engine
 from sa_engine.errors import SaEngineError
 
 _INTERRUPTED = 130
@@ -48,6 +49,7 @@ for command in (
     stages.auto,
     stages.blur,
     stages.blur_eval,
+    engine,
     runs.status,
     runs.errors,
     runs.verify,
