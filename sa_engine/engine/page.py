@@ -139,6 +139,7 @@ def _bars(seen: list[Seen]) -> list[str]:
 
 def _rounds(seen: list[Seen]) -> list[str]:
     """What each training gained."""
+    names = {step.out: step.name for step, _, _ in seen}
     rows = []
     for step, _, shown in seen:
         info = shown.round
@@ -147,9 +148,10 @@ def _rounds(seen: list[Seen]) -> list[str]:
             gate = "-" if info.gate is None else "promoted" if info.gate.promoted else "refused"
             reason = "" if info.gate is None else f' title="{html.escape(info.gate.reason)}"'
             data = f"{sum(d.masks for d in info.data):,} masks of {sum(d.images for d in info.data):,} images"
+            parent = names.get(info.parent.name, Path(info.parent.name).name)
             drawn = "not measured" if gain is None else _dumbbell(*gain)
             rows.append(
-                f"<tr><td>{html.escape(step.name)}</td><td>{html.escape(Path(info.parent.name).name)}</td>"
+                f"<tr><td>{html.escape(step.name)}</td><td>{html.escape(parent)}</td>"
                 f"<td>{data}</td><td class='num'>{info.iterations:,}</td><td>{_MEASURES[info.measure]}</td>"
                 f"<td>{drawn}</td><td{reason}>{gate}</td></tr>"
             )
@@ -240,7 +242,7 @@ def _steps(seen: list[Seen]) -> str:
         lines = [
             html.escape(line)
             for line in (*said.splitlines(), shown.note)
-            if line and not line.startswith("output: ")
+            if line and not line.startswith("output: ") and not shown.table  # it has its own place
         ]
         rows.append(
             f'<tr><td style="white-space:nowrap"><span class="dot {known.status}" title="{known.status}"></span>'
