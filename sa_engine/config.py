@@ -403,8 +403,11 @@ class PrefillConfig(FilterConfig, ModelConfig, ShardConfig):
     boxes: str | None = option(
         None, help="Instead: JSON file of detected boxes, by image (docs/prefill.md)."
     )
-    box_score_thresh: float = option(
-        0.0, bounds=(0, 1), identity=True, help="Least score of a box that becomes a prompt."
+    box_score_thresh: float | None = option(
+        None,
+        bounds=(0, 1),
+        identity=True,
+        help="Least score of a box that becomes a prompt; default: 0.9 of a detector's, 0 of a file's.",
     )
     max_boxes: int = option(
         300, bounds=(1, None), identity=True, help="Boxes of an image, those of highest score."
@@ -421,6 +424,13 @@ class PrefillConfig(FilterConfig, ModelConfig, ShardConfig):
             raise ConfigError(
                 f"{found} of detector and boxes given: boxes come from --detector DIR, or from --boxes FILE"
             )
+
+    @property
+    def least_box_score(self) -> float:
+        """`box_score_thresh`, or its default: what is confident by docs/prefill.md; a file's are as sure as it says."""
+        if self.box_score_thresh is not None:
+            return self.box_score_thresh
+        return 0.0 if self.detector is None else 0.9
 
     def identity_of_files(self) -> dict[str, Any]:
         """The boxes: another file has other ones."""

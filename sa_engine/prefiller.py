@@ -92,7 +92,7 @@ class Prefiller:
         """Indices of the boxes that become prompts, from the highest score down."""
         known = np.nan_to_num(scores, nan=1.0)
         order = np.argsort(-known, kind="stable")
-        return order[known[order] >= self.config.box_score_thresh][: self.config.max_boxes]
+        return order[known[order] >= self.config.least_box_score][: self.config.max_boxes]
 
     def _masks(
         self, embedding: Embedding, boxes: np.ndarray, scores: np.ndarray

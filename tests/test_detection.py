@@ -17,7 +17,7 @@ from training import SIDE, make_run, quarters, small_sam
 from sa_engine.cli import main
 from sa_engine.detection.config import DetectorConfig
 from sa_engine.detection.detector import Detector
-from sa_engine.detection.files import load_detector
+from sa_engine.detection.files import fresh_detector, load_detector
 from sa_engine.detection.measure import Validation, embedder
 from sa_engine.detection.model import BoxDetector
 from sa_engine.detection.objectness import IouProposals, decoded_iou
@@ -157,6 +157,20 @@ def test_only_class_objectness_takes_what_is_not_drawn_for_background(objectness
     assert bool(gradient[..., 10:, 10:].abs().sum() > 0) == (objectness == "class")
 
 
+@pytest.mark.parametrize("backbone", ["mobilenet", "resnet50"])
+def test_a_backbone_on_pixels_learns(run: Path, backbone: str) -> None:
+    trainer, (line, *_) = train(run, backbone=backbone, iterations=1, batch_size=2, log_every=1)
+    assert trainer.sam is None and line["total"] > 0
+    grown = [p.grad.abs().sum() > 0 for p in trainer.model.parameters() if p.grad is not None]
+    assert sum(grown) > 0.9 * len(grown)
+
+
+def test_weights_that_cannot_be_had_are_told() -> None:
+    config = DetectorConfig(**{**SMALL, "backbone": "mobilenet", "backbone_weights": "IMAGENET9"})
+    with pytest.raises(RoundError, match="backbone_weights = IMAGENET9 of mobilenet"):
+        fresh_detector(config)
+
+
 def test_boxes_come_out_in_the_photos_own_pixels() -> None:
     """Of a picture twice as large they are twice as large."""
     torch.manual_seed(0)
@@ -239,7 +253,7 @@ def test_prefill_draws_what_a_detector_finds(
     out = tmp_path / "prefilled"
     result = invoke("prefill", "--images", images, "--detector", detector, "--out", out, "--local",
                     "--threads-per-worker", 1, "--set", "pred_iou_thresh=0.5", "--set", "max_boxes=20",
-                    "--set", "stability_score_thresh=0.5")  # fmt: skip
+                    "--set", "stability_score_thresh=0.5", "--set", "box_score_thresh=0")  # fmt: skip
     assert result.exit_code == 0, result.output
     (record,) = iter_records(out)
     assert record.masks and all(0 < mask.box_score <= 1 for mask in record.masks)

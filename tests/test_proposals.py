@@ -327,7 +327,7 @@ def test_mistakes_are_told(runs: Path, tmp_path: Path) -> None:
         ([truth, auto, "--split=rest"], "sa-engine split"),
         ([truth, auto, "--proposals=0"], "expected numbers from 1 on"),
         ([truth, auto, "--out", file], "name a folder that can be written"),
-        ([truth], "Missing argument 'OUT...'"),
+        ([truth], "name a run, or a detector with --detector"),
     ):
         result = sa_engine("recall", *arguments)
         assert result.exit_code == 2, result.output

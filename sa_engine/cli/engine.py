@@ -6,7 +6,6 @@ from pathlib import Path
 import click
 
 from sa_engine.engine.file import EngineError, Known, read_loop
-from sa_engine.engine.state import read_state
 
 _OUT = "--out"
 _NEVER = ("overwrite", "steal_lock", "dry_run")
@@ -43,6 +42,8 @@ def run_loop(file: Path, dry_run: bool) -> None:
 @click.argument("file", metavar="FILE", type=Path)
 def loop_status(file: Path) -> None:
     """Say how far a loop is, and write nothing."""
+    from sa_engine.engine.state import read_state
+
     click.echo(read_state(read_loop(file, _look)))
 
 

@@ -37,7 +37,7 @@ class DetectorOptions(RoundConfig):
 class DetectorConfig(DetectorOptions):
     """Training the class-agnostic box detector between rounds (paper §4, "Semi-automatic stage")."""
 
-    iterations: int = option(600, bounds=(1, None), identity=True, help="Steps of the optimizer.")
+    iterations: int = option(400, bounds=(1, None), identity=True, help="Steps of the optimizer.")
     batch_size: int = option(
         4, bounds=(1, None), identity=True, help="Images of a step, all workers together."
     )
