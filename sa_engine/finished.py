@@ -20,7 +20,7 @@ from sa_engine.errors import SaEngineError
 from sa_engine.images import decode_image
 from sa_engine.pictures import released_photo
 from sa_engine.plan import read_plan, shard_name
-from sa_engine.reader import open_tar
+from sa_engine.reader import open_parquet, open_tar
 from sa_engine.records import ImageRecord, from_sa1b, from_table
 from sa_engine.run_dir import read_run
 from sa_engine.storage import AnyPath, RunError, RunPaths
@@ -138,7 +138,11 @@ class FinishedRun:
             with self._parquet(shard) as file:
                 groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
                 ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
-                ids = file.read(columns=["image_id"]).column("image_id").to_pylist()
+                ids = (
+                    file.read(columns=["image_id"], use_threads=False)
+                    .column("image_id")
+                    .to_pylist()
+                )
             self._rows[shard] = np.array(ids, np.int64), ends
         ids, ends = self._rows[shard]
         place = int(np.searchsorted(ids, image_id))
@@ -150,12 +154,12 @@ class FinishedRun:
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         with self._parquet(shard) as file:
-            return file.read_row_group(group)
+            return file.read_row_group(group, use_threads=False)
 
     @contextmanager
     def _parquet(self, shard: int) -> Iterator[pq.ParquetFile]:
         path = self.out / f"{shard_name(shard)}.parquet"
-        with path.open("rb") as handle, pq.ParquetFile(handle) as file:
+        with open_parquet(path) as file:
             yield file
 
     def _read_member(self, shard: int, image_id: int, suffix: str) -> bytes:

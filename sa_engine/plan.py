@@ -73,10 +73,12 @@ class Plan:
         handle = pa.BufferReader(source) if isinstance(source, bytes) else source.open("rb")
         self._name = "" if isinstance(source, bytes) else f" {source}"
         with self._told_if_damaged():
-            self._file = pq.ParquetFile(handle, page_checksum_verification=True)
+            # As in `reader.open_parquet`: no thread of Arrow's holds bytes of a Python file.
+            ahead = not isinstance(source, Path)
+            self._file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=ahead)
             if not self._file.schema_arrow.equals(_SCHEMA):
                 raise ValueError("its columns are not a plan's")
-            shards = _numbers(self._file.read(columns=["shard"]), "shard")
+            shards = _numbers(self._file.read(columns=["shard"], use_threads=False), "shard")
             groups = self._file.metadata
             rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
             steps = np.diff(shards, prepend=0, append=shards[-1:])
@@ -122,13 +124,13 @@ class Plan:
         chosen = np.zeros(len(self), bool)
         chosen[np.fromiter(indices, np.int64)] = True
         with self._told_if_damaged():
-            columns = self._file.read(columns=["shard", "size"])
+            columns = self._file.read(columns=["shard", "size"], use_threads=False)
             return _numbers(columns, "size")[chosen[_numbers(columns, "shard")]]
 
     def keys(self) -> list[str]:
         """Keys of all images."""
         with self._told_if_damaged():
-            return self._file.read(columns=["key"]).column("key").to_pylist()
+            return self._file.read(columns=["key"], use_threads=False).column("key").to_pylist()
 
     def select(self, limit: int | None) -> range:
         """The first shards that together hold at least `limit` images; None: all."""
@@ -144,7 +146,7 @@ class Plan:
     def table(self) -> pa.Table:
         """All rows: shard, image_id, key, size, mtime_ns."""
         with self._told_if_damaged():
-            return self._file.read()
+            return self._file.read(use_threads=False)
 
     @contextmanager
     def _told_if_damaged(self) -> Iterator[None]:
@@ -165,7 +167,7 @@ class Plan:
         parts = []
         for group in range(first, last + 1):
             if self._cached[0] != group:
-                self._cached = (group, self._file.read_row_group(group))
+                self._cached = (group, self._file.read_row_group(group, use_threads=False))
             table = self._cached[1]
             assert table is not None
             offset = self._group_ends[group] - table.num_rows

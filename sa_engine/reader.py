@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -141,7 +142,7 @@ def iter_tables(out: AnyPath, columns: Sequence[str]) -> Iterator[tuple[int, pa.
             continue
         with _parquet(out, name) as file:
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=list(columns))
+                table = file.read_row_group(group, columns=list(columns), use_threads=False)
                 check_version(table)
                 yield index, table
 
@@ -152,7 +153,7 @@ def shard_records(out: AnyPath, shard: Shard, stats: ShardStats) -> Iterator[Ima
     if name in stats.files:
         with _parquet(out, name) as file:
             for group in range(file.num_row_groups):
-                yield from from_table(file.read_row_group(group))
+                yield from from_table(file.read_row_group(group, use_threads=False))
     else:
         yield from _records_of_tar(out, shard)
 
@@ -181,7 +182,7 @@ def iter_sources(out: AnyPath) -> Iterator[Source]:
             continue
         with _parquet(out, name) as file:
             columns = ["image_id", "sha256", "source_path"]
-            for row in file.read(columns=columns).to_pylist():
+            for row in file.read(columns=columns, use_threads=False).to_pylist():
                 yield Source(**row)
 
 
@@ -228,7 +229,19 @@ def _records_of_tar(out: AnyPath, shard: Shard) -> Iterator[ImageRecord]:
 @contextmanager
 def _parquet(out: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
     """A shard's Parquet file, to be read from inside. Raises RunError where it is damaged."""
-    with damage_told(out, name), (out / name).open("rb") as handle, pq.ParquetFile(handle) as file:
+    with damage_told(out, name), open_parquet(out / name) as file:
+        yield file
+
+
+@contextmanager
+def open_parquet(path: AnyPath) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, to be read with `use_threads=False`.
+
+    A thread of Arrow's that gives back bytes of a Python file while Python ends aborts the process, with exit code 134
+    after all is done (apache/arrow#34314). Files of a store are Arrow's own, and read ahead in few requests.
+    """
+    ahead = not isinstance(path, Path)
+    with path.open("rb") as handle, pq.ParquetFile(handle, pre_buffer=ahead) as file:
         yield file
 
 

@@ -1,8 +1,10 @@
 """Finished images read one by one, from any thread, process or store; and what is said where they are damaged."""
 
 import hashlib
+import io
 import pickle
 import shutil
+import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -170,6 +172,33 @@ def truncate(path: Path) -> None:
 
 def empty(path: Path) -> None:
     path.write_bytes(b"")
+
+
+def test_parquet_is_read_by_the_thread_that_asks(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of Arrow's that still holds bytes of a file when Python ends would abort the process."""
+    out = make_run(many, tmp_path / "run", quarter)
+    threads = set()
+
+    class Watched(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            threads.add(threading.get_ident())
+            return super().read(size)
+
+    opened = Path.open
+
+    def watch(path: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if path.suffix == ".parquet" and mode == "rb":
+            return Watched(path)
+        return opened(path, mode, *more, **options)
+
+    monkeypatch.setattr(Path, "open", watch)
+    records = list(iter_records(out))
+    assert len(list(iter_tables(out, ("image_id", "sha256", "masks.list.element.area")))) > 1
+    assert FinishedRun(out).record(records[0].image_id) == records[0]
+    assert list(iter_sources(out))
+    assert threads == {threading.get_ident()}
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
