@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sa_engine.checks import difference
-from sa_engine.records import ARROW_SCHEMA, ImageRecord, from_table, sa1b_json
+from sa_engine.records import ARROW_SCHEMA, KNOWN_SCHEMAS, ImageRecord, from_table, sa1b_json
 
 # What is asked of a store at once; a local disk does not mind.
 BLOCK = 1 << 22
@@ -68,7 +68,7 @@ class ParquetRecords:
     def schema_problem(self) -> str | None:
         """Say how the columns differ from `ARROW_SCHEMA`. Raises RecordError for another version."""
         schema = self._file.schema_arrow
-        if schema.equals(ARROW_SCHEMA):
+        if any(schema.equals(known) for known in KNOWN_SCHEMAS):
             from_table(schema.empty_table())
             return None
         found, expected = ({f.name: str(f.type) for f in s} for s in (schema, ARROW_SCHEMA))

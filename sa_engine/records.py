@@ -246,6 +246,13 @@ ARROW_SCHEMA = pa.schema(
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
 
+# Of shards that were written before a mask had an `edit_iou`.
+_OLDER = pa.list_(pa.struct([field for field in _MASK_TYPE if field.name != "edit_iou"]))
+KNOWN_SCHEMAS = (
+    ARROW_SCHEMA,
+    ARROW_SCHEMA.set(ARROW_SCHEMA.get_field_index("masks"), pa.field("masks", _OLDER)),
+)
+
 
 def to_table(records: Sequence[ImageRecord]) -> pa.Table:
     """Records as an Arrow table with `ARROW_SCHEMA`, one row per image.

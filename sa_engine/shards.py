@@ -178,12 +178,22 @@ def committed_shards(paths: RunPaths) -> set[int]:
 
 
 def read_markers(paths: RunPaths, indices: Iterable[int]) -> dict[int, ShardStats]:
-    """The markers of those shards that are committed, by index, in the order of `indices`."""
+    """The markers of those shards that are committed, by index, in the order of `indices`.
+
+    Raises RunError for one that is damaged, or of another version.
+    """
     present = committed_shards(paths)
     chosen = [index for index in indices if index in present]
 
     def read(index: int) -> ShardStats:
-        return ShardStats.from_json(paths.marker(shard_name(index)).read_bytes())
+        marker = paths.marker(shard_name(index))
+        try:
+            return ShardStats.from_json(marker.read_bytes())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"{marker}: damaged ({type(error).__name__}: {error}), expected what says that a shard is complete; "
+                "put the file back, or remove it: the run's own command then makes the shard again"
+            ) from None
 
     if isinstance(paths.out, Path):
         return {index: read(index) for index in chosen}

@@ -1,13 +1,17 @@
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_stage import mask_record
 
+from sa_engine.checked_files import ParquetRecords
 from sa_engine.records import (
     ARROW_SCHEMA,
+    KNOWN_SCHEMAS,
     SCHEMA_VERSION,
     ImageRecord,
     MaskRecord,
@@ -164,3 +168,16 @@ def test_mask_ids_of_two_images_never_meet() -> None:
 def test_an_unknown_source_is_refused(mask: MaskRecord) -> None:
     with pytest.raises(RecordError, match="magic.*semi-automatic"):
         dataclasses.replace(mask, source="magic")
+
+
+def test_shards_from_before_a_column_came_are_known(mask: MaskRecord) -> None:
+    table = to_table([image_record(mask)])
+    for schema, known in [*((one, True) for one in KNOWN_SCHEMAS), (ARROW_SCHEMA.remove(4), False)]:
+        columns = [table.column(name) for name in schema.names]
+        columns[-1] = columns[-1].cast(schema.field("masks").type)
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns, schema=schema), buffer)
+        file = ParquetRecords(buffer.getvalue())
+        assert (file.schema_problem() is None) == known
+        if known:
+            assert file.read(0) == [image_record(mask)]

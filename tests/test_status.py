@@ -211,3 +211,12 @@ def test_every_failure_is_told(photo_folder: Path, tmp_path: Path) -> None:
 def test_a_run_without_failures_says_so(photo_folder: Path, tmp_path: Path) -> None:
     run(small_config(photo_folder, tmp_path / "out"))
     assert sa_engine("errors", tmp_path / "out").output == "no image has failed or was skipped\n"
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"schema_version": 1}'])
+def test_a_damaged_marker_is_named(photo_folder: Path, tmp_path: Path, content: str) -> None:
+    run(small_config(photo_folder, tmp_path / "out"))
+    marker = tmp_path / "out" / "sa_000000.json"
+    marker.write_text(content)
+    result = sa_engine("status", tmp_path / "out")
+    assert result.exit_code == 2 and f"{marker}: damaged" in result.output
