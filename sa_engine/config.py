@@ -433,8 +433,12 @@ class PrefillConfig(FilterConfig, ModelConfig, ShardConfig):
         return 0.0 if self.detector is None else 0.9
 
     def identity_of_files(self) -> dict[str, Any]:
-        """The boxes: another file has other ones."""
-        return {} if self.boxes is None else {"boxes": _sha256_of_boxes(self.boxes)}
+        """Where the boxes come from: another file, or another detector, has other ones."""
+        if self.detector is None:
+            return {"boxes": _sha256_of_boxes(str(self.boxes))}
+        from sa_engine.rounds import read_detector  # reads a file of JSON, and no weights
+
+        return {"detector": read_detector(Path(self.detector).expanduser()).fingerprint}
 
 
 def _sha256_of_boxes(file: str) -> str:

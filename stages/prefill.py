@@ -20,7 +20,6 @@ from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
 from sa_engine.records import MaskRecord, mask_id
 from sa_engine.release import at_released_size, released_image
-from sa_engine.rounds import read_detector
 
 if TYPE_CHECKING:  # a finished run returns without importing torch
     from sa_engine.detection.model import BoxDetector
@@ -55,11 +54,9 @@ class PrefillStage(ModelStage):
     name: str = "prefill"
 
     def identity(self, config: PrefillConfig) -> dict[str, str]:
-        """Load the model and the detector, and say which weights they have."""
+        """Load the model and say which weights it has; the detector, whose weights are an option, must fit it."""
         found = {"model_fingerprint": self.load_model()}
-        if self.detector is not None:
-            self.load_detector()
-            found["detector_fingerprint"] = str(self.detector_fingerprint)
+        self.load_detector()
         return found
 
     def load_detector(self) -> "BoxDetector | None":
@@ -187,9 +184,11 @@ def _stage(config: PrefillConfig) -> PrefillStage:
     if config.boxes is not None:
         boxes = boxes_of_run(Path(config.boxes), config, scored=True)
         return PrefillStage(checkpoint=checkpoint, boxes=boxes)
-    detector = Path(str(config.detector)).expanduser().absolute()
-    fingerprint = read_detector(detector).fingerprint
-    return PrefillStage(checkpoint=checkpoint, detector=detector, detector_fingerprint=fingerprint)
+    return PrefillStage(
+        checkpoint=checkpoint,
+        detector=Path(str(config.detector)).expanduser().absolute(),
+        detector_fingerprint=config.identity_of_files()["detector"],
+    )
 
 
 def _arrays(boxes: list[list[float]], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

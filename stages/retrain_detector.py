@@ -4,6 +4,7 @@ Boxes around the masks collected so far are its truth, all of one class, "object
 over the frozen SAM's embedding (``sa_engine/detection/``). A detector is a round: trained, resumed, judged as a SAM's.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sa_engine.config import to_dict
@@ -128,12 +129,12 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
     assert isinstance(config, DetectorConfig)
     sam = _sam(config)
     model = _first_detector(config, sam)
-    verdict = None
-    if planned.gate:
-        before = None if config.init is None else _measure(planned, model, sam)
-        model.load_state_dict(round.kept_weights(config, state))
-        verdict = judge(before, _measure(planned, model, sam), config.gate_recall_margin)
+    measure = _gate(planned, sam) if planned.gate else None
+    before = measure(model) if measure is not None and config.init is not None else None
     model.load_state_dict(round.kept_weights(config, state))
+    verdict = None
+    if measure is not None:
+        verdict = judge(before, measure(model), config.gate_recall_margin)
     info = RoundInfo(
         **detector_facts(model, config, sam),
         parent=planned.parent,
@@ -156,17 +157,20 @@ def _named(name: str) -> str:
     return RECALL if name == MEAN else f"{RECALL} {name}"
 
 
-def _measure(planned: Plan, model: BoxDetector, sam: Sam | None) -> dict[str, float]:
-    """AR@100 on the gate's data."""
+def _gate(planned: Plan, sam: Sam | None) -> Callable[[BoxDetector], dict[str, float]]:
+    """What measures AR@100 on the gate's images, which are read and embedded once for all detectors."""
     config = planned.config
     device = select_device(config.device)
     sets = [(one.name, one) for one in planned.gate]
     embed = embedder(None if sam is None else sam.to(device), config.precision)
-    measured = Validation(sets, config.gate_images, Group(device=device), embed).measure(
-        model.to(device)
-    )
-    model.cpu()
-    return {_named(name): value for name, value in measured.items()}
+    validation = Validation(sets, config.gate_images, Group(device=device), embed)
+
+    def measure(model: BoxDetector) -> dict[str, float]:
+        found = validation.measure(model.to(device))
+        model.cpu()
+        return {_named(name): value for name, value in found.items()}
+
+    return measure
 
 
 def judge(before: dict[str, float] | None, after: dict[str, float], margin: float) -> Verdict:

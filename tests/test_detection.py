@@ -1,6 +1,7 @@
 """The box detector: small ones trained from nothing, and one over real weights from training to drawn masks."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,14 @@ def test_prefill_draws_what_a_detector_finds(
     assert result.exit_code == 0, result.output
     (record,) = iter_records(out)
     assert record.masks and all(0 < mask.box_score <= 1 for mask in record.masks)
+    # A finished run is told from that of another detector without looking at weights.
+    other = shutil.copytree(detector, tmp_path / "other")
+    info = json.loads((other / "model.json").read_bytes())
+    (other / "model.json").write_text(json.dumps({**info, "fingerprint": "0" * 64}))
+    refused = invoke("prefill", "--images", images, "--detector", other, "--out", out, "--local",
+                     "--threads-per-worker", 1, "--set", "pred_iou_thresh=0.5", "--set", "max_boxes=20",
+                     "--set", "stability_score_thresh=0.5", "--set", "box_score_thresh=0")  # fmt: skip
+    assert refused.exit_code == 2 and "detector" in refused.output and "0000" in refused.output
     # The same as when it is asked by hand, and its boxes are prompts.
     image = np.asarray(Image.open(images / "coffee.png").convert("RGB"))
     sam = load_sam(resolve("vit_t"))
@@ -305,14 +314,18 @@ def test_boxes_come_from_one_place(tmp_path: Path) -> None:
     assert both.exit_code == 2 and "both of detector and boxes" in both.output
 
 
-def test_a_detector_can_start_from_another(detector: Path, drawn: Path, tmp_path: Path) -> None:
+def test_a_detector_can_start_from_another(
+    detector: Path, drawn: Path, run: Path, tmp_path: Path
+) -> None:
     common = ("retrain", "detector", "--data", drawn, "--iterations", 1, "--batch-size", 1,
               "--set", "validation=0.5", "--threads-per-worker", 1, "--init", detector)  # fmt: skip
     refused = invoke(*common, "--out", tmp_path / "a", "--set", "objectness=iou")
     assert refused.exit_code == 2 and "objectness = class, expected iou" in refused.output
-    grown = invoke(*common, "--out", tmp_path / "b")
+    grown = invoke(*common, "--out", tmp_path / "b", "--gate", run, "--set", "gate_images=1")
     assert grown.exit_code == 0, grown.output
     info = json.loads((tmp_path / "b" / "model.json").read_bytes())
     parent = json.loads((detector / "model.json").read_bytes())
     assert info["parent"]["fingerprint"] == parent["fingerprint"]
     assert info["metrics"]["before"] == parent["metrics"]["after"]
+    gate = info["gate"]
+    assert gate["promoted"] == (gate["after"]["ar_100"] >= gate["before"]["ar_100"] - 0.01)

@@ -19,17 +19,15 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from sa_engine.detection.config import SAM_BACKBONE
 from sa_engine.detection.objectness import IouProposals, IouRoIHeads
 from sa_engine.modeling.layers import LayerNorm2d
 
-BACKBONES = ("sam", "resnet50", "mobilenet")
-OBJECTNESS = ("class", "iou")
 EMBEDDING_CHANNELS = 256
 _WIDTH, _HIDDEN = 128, 512  # of the pyramid and of the box head over it
-_SIZES, _RATIOS = (
-    ((32,), (64,), (128,), (256,), (512,)),
-    (0.5, 1.0, 2.0),
-)  # of anchors, a size by level
+_SIZES = ((32,), (64,), (128,), (256,), (512,))  # of anchors, by level
+_RATIOS = (0.5, 1.0, 2.0)
+_MOST = 300  # boxes of an image
 
 
 class Detected(NamedTuple):
@@ -82,7 +80,7 @@ class BoxDetector(nn.Module):
     """Boxes of objects, whatever they are.
 
     Args:
-        backbone: one of `BACKBONES`.
+        backbone: what it sees, as `DetectorConfig` has it.
         image_size: side of the square model input.
         objectness: what scores are: "class", the probability of an object, for which everything that is not drawn is
             none; "iou", the IoU that a box is thought to have with its object, learned from drawn objects alone (OLN).
@@ -91,14 +89,14 @@ class BoxDetector(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "sam",
+        backbone: str = SAM_BACKBONE,
         image_size: int = 1024,
         objectness: str = "class",
         weights: str | None = None,
     ) -> None:
         super().__init__()
         self.image_size = image_size
-        self.takes_embedding = backbone == "sam"
+        self.takes_embedding = backbone == SAM_BACKBONE
         self.backbone, channels, levels, sizes, hidden = _backbone(backbone, weights)
         iou = objectness == "iou"
         anchors = AnchorGenerator(sizes, (_RATIOS,) * len(sizes))
@@ -127,7 +125,7 @@ class BoxDetector(nn.Module):
             bbox_reg_weights=None,
             score_thresh=0.01,
             nms_thresh=0.7,  # torchvision's 0.5 would drop parts of objects
-            detections_per_img=300,
+            detections_per_img=_MOST,
         )
 
     def losses(
@@ -148,7 +146,7 @@ class BoxDetector(nn.Module):
         return losses
 
     def detect(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detected]:
-        """At most `max_boxes` of each image; the arguments are those of `losses`."""
+        """At most 300 boxes of each image; the arguments are those of `losses`."""
         found, _ = self._run(inputs, sizes, None)
         return [Detected(one["boxes"], one["scores"]) for one in found]
 
@@ -170,7 +168,7 @@ def _backbone(
     name: str, weights: str | None
 ) -> tuple[nn.Module, int, list[str], tuple[tuple[int, ...], ...], int]:
     """A backbone, its channels, the maps that boxes are pooled from, sizes of anchors by map, and the head's width."""
-    if name == "sam":
+    if name == SAM_BACKBONE:
         return EmbeddingPyramid(), _WIDTH, ["0", "1", "2", "3"], _SIZES, _HIDDEN
     layers = 3 if weights else None  # what learned on photos keeps its first layers
     if name == "resnet50":
