@@ -21,8 +21,8 @@ def plot_curves(
 ) -> bytes:
     """Draw the lines of a `metrics.jsonl` as a PNG: losses, IoU of the training masks, validation, time per mask.
 
-    Against iterations; the time of the last panel is stacked by what takes it. The names are those of a line, and of
-    the legend; without `iou_names` there is no such panel.
+    Against iterations, the validation against minutes of training; the time of the last panel is stacked by what takes
+    it. The names are those of a line, and of the legend; without `iou_names` there is no such panel.
     """
     steps = [line for line in lines if "total" in line]
     validations = [line for line in lines if "validation" in line]
@@ -37,7 +37,7 @@ def plot_curves(
         values = [line["validation"][name] for line in validations]
         style = {"linewidth": 3, "color": "black"} if name == "mean" else {}
         measured.plot(
-            [line["iteration"] for line in validations], values, "o-", label=name, **style
+            [line["seconds"] / 60 for line in validations], values, "o-", label=name, **style
         )
     measured.set_title(measured_title)
     key = next((key for line in steps for key in line if key.startswith(TIMES)), f"{TIMES}mask")
@@ -47,7 +47,7 @@ def plot_curves(
         times.stackplot([line["iteration"] for line in steps], stacked, labels=parts)
     times.set_title(f"milliseconds per {key.removeprefix(TIMES)}")
     for axis in axes:
-        axis.set_xlabel("iteration")
+        axis.set_xlabel("minutes of training" if axis is measured else "iteration")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
