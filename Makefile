@@ -6,6 +6,7 @@ DEMO ?= build/demo
 LOOP := build/demo-engine
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-engine test test-slow test-tools parity bench lint format clean
@@ -43,8 +44,8 @@ demo-engine: $(VENV)/.installed ## Run the whole loop in miniature: blur, annota
 	@echo
 	@echo "The loop on one page: $(LOOP)/loop/index.html"
 
-test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some of them)
-	$(BIN)/python -m pytest -m "not slow and not parity_full" $(ARGS)
+test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some, WORKERS=0 in one process)
+	$(BIN)/python -m pytest -m "not slow and not parity_full" -n $(WORKERS) --dist loadgroup $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow" $(ARGS)

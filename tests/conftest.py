@@ -6,6 +6,8 @@ from pathlib import Path
 
 # Before anything imports ray, as the runner does.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
+# Two processes of the tests share the cores: threads that wait must not spin, and one each is enough.
+os.environ.update(OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1")
 # For the S3 server on loopback; without the second line the client looks for Amazon's own network.
 os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY="tests")
 os.environ.update(AWS_EC2_METADATA_DISABLED="true")
@@ -21,6 +23,15 @@ from s3_server import s3_server
 from training import save
 
 PHOTO_NAMES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests of Ray to one process, so that there is one Ray, and else all of a file."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        item.add_marker(
+            pytest.mark.xdist_group("ray" if "ray_address" in fixtures else item.path.name)
+        )
 
 
 @pytest.fixture(scope="session")
