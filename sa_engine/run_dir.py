@@ -302,6 +302,11 @@ def check_same(paths: RunPaths, before: Mapping[str, Any], now: Mapping[str, Any
         )
 
 
+def is_other_checkpoint(info: RunInfo, config: RunConfig) -> bool:
+    """Whether the model is called otherwise than when the run was started; it may be the same all the same."""
+    return info.config.get("checkpoint") != to_dict(config).get("checkpoint")
+
+
 def _look_at(path: AnyPath) -> tuple[int, int]:
     if not isinstance(path, Path):
         return path.size_and_mtime_ns()

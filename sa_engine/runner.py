@@ -117,7 +117,8 @@ def run(
         start: what else to do.
 
     Returns:
-        The sums over the whole run; a finished run's at once, without torch or Ray.
+        The sums over the whole run; a finished run's at once, without torch or Ray, unless its checkpoint has
+        another name now and must be looked at.
 
     Raises:
         RunError: the run cannot start or go on.
@@ -149,6 +150,8 @@ def _run(
         or is_unswept(paths)
     ):
         planned, processed = _work(paths, stage, config, identity, start)
+    elif planned.info is not None and run_dir.is_other_checkpoint(planned.info, config):
+        run_dir.check_same(paths, planned.info.model, identity())
     chosen = planned.plan.select(config.limit)
     report = make_report(
         paths,

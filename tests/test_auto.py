@@ -103,13 +103,14 @@ def test_ray_gives_the_same_bytes(
 
 
 def test_another_model_is_refused(images: Path, tmp_path: Path, photo_files: list[Path]) -> None:
-    """A resume with other weights names the fingerprint, and starts with the weights of the run."""
+    """A resume with other weights names the fingerprint, and starts with the weights of the run; a finished run too."""
     folder = tmp_path / "shards"
     assert auto(images, folder, "--limit=1").exit_code == 0
     before = hashes(folder)
     sam = load_sam(resolve("vit_t"))
     with torch.no_grad():
         sam.mask_decoder.iou_token.weight.mul_(1.01)
+    torch.save(load_sam(resolve("vit_t")).state_dict(), tmp_path / "same.pth")
     torch.save(sam.state_dict(), tmp_path / "other.pth")
     result = auto(images, folder, f"--checkpoint={tmp_path / 'other.pth'}")
     assert result.exit_code == 2
@@ -117,6 +118,11 @@ def test_another_model_is_refused(images: Path, tmp_path: Path, photo_files: lis
     assert hashes(folder) == before
     assert auto(images, folder).exit_code == 0
     assert len(hashes(folder)) == 4
+    result = auto(images, folder, f"--checkpoint={tmp_path / 'other.pth'}")
+    assert result.exit_code == 2
+    assert "model_fingerprint" in result.stderr
+    result = auto(images, folder, f"--checkpoint={tmp_path / 'same.pth'}")
+    assert "nothing was left to do" in result.output
 
 
 def test_every_worker_checks_its_weights(tmp_path: Path) -> None:
