@@ -19,11 +19,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sa_engine.config import MaskConfig  # noqa: E402
 from sa_engine.generator import MaskGenerator  # noqa: E402
 from sa_engine.images import decode_image, resize_image  # noqa: E402
 from sa_engine.modeling.sam import load_sam  # noqa: E402
 from sa_engine.modeling.weights import resolve  # noqa: E402
+from sa_engine.option_groups import MaskConfig  # noqa: E402
 from sa_engine.predictor import Predictor  # noqa: E402
 
 USUAL: dict[str, Any] = {"points_per_side": 16, "megapixels": 3.4, "pred_iou_thresh": 0.88}

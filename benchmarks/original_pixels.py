@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from sa_engine import rle
-from sa_engine.config import MaskConfig
 from sa_engine.generator import GeneratedMask, MaskGenerator
 from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
 from sa_engine.modeling.sam import load_sam
 from sa_engine.modeling.weights import resolve
+from sa_engine.option_groups import MaskConfig
 from sa_engine.pictures import draw_masks
 from sa_engine.predictor import Predictor
 from stages.auto import mask_record

@@ -29,8 +29,9 @@ import skimage
 from PIL import Image
 
 from sa_engine import rle, runner
-from sa_engine.config import AutoConfig, MaskConfig, ShardConfig
+from sa_engine.config import AutoConfig
 from sa_engine.images import encode_jpeg
+from sa_engine.option_groups import MaskConfig, ShardConfig
 from sa_engine.partial import Finished, finished_record
 from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, image_name, mask_id

@@ -30,9 +30,9 @@ import pyarrow as pa
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from s3_server import s3_server
 
-from sa_engine.config import ShardConfig
 from sa_engine.images import decode_image, encode_jpeg, fit_short_side, resize_image
 from sa_engine.listing import COLUMNS, list_images
+from sa_engine.option_groups import ShardConfig
 from sa_engine.plan import Plan, make_plan, new_images, read_plan, shard_name, write_plan
 from sa_engine.shards import ShardStats, committed_shards, read_markers
 from sa_engine.storage import RunPaths, atomic_write, location

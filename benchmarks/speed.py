@@ -25,11 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from parts import Stopwatch, arithmetic, matrix_rate, table  # noqa: E402
 
-from sa_engine.config import AutoConfig, load_config  # noqa: E402
+from sa_engine.config import AutoConfig  # noqa: E402
 from sa_engine.generator import MaskGenerator  # noqa: E402
 from sa_engine.images import decode_image  # noqa: E402
 from sa_engine.modeling.sam import load_sam  # noqa: E402
 from sa_engine.modeling.weights import resolve  # noqa: E402
+from sa_engine.options import load_config  # noqa: E402
 from sa_engine.predictor import Predictor  # noqa: E402
 
 # The reference's packages are imported only by its own process: they would count as our memory.

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from sa_engine.config import PrivacyConfig, RunConfig
 from sa_engine.errors import SaEngineError
+from sa_engine.option_groups import PrivacyConfig, RunConfig
 from sa_engine.run_dir import planned_keys
 
 Boxes = Mapping[str, list[list[float]]]

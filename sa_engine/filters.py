@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sa_engine.config import FilterConfig
+from sa_engine.option_groups import FilterConfig
 from sa_engine.upsampling import Measures
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from sa_engine import masks as mask_ops
 from sa_engine import rle
-from sa_engine.config import MaskConfig
 from sa_engine.filters import passes, passes_iou
 from sa_engine.grids import Crop, crops, layer_grid
 from sa_engine.images import fit_short_side, resize_image, resize_region
 from sa_engine.masks import WindowMask
 from sa_engine.modeling.mask_decoder import Attended
 from sa_engine.modeling.sam import input_size
+from sa_engine.option_groups import MaskConfig
 from sa_engine.predictor import Embedding, Predictor
 from sa_engine.upsampling import Measures, Upsampler
 

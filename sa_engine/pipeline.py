@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from sa_engine.config import RunConfig
 from sa_engine.errors import SaEngineError
 from sa_engine.listing import size_and_mtime_ns
 from sa_engine.lock import read_lock
+from sa_engine.option_groups import RunConfig
 from sa_engine.partial import Breadcrumbs, Failure, Finished, PartialShard, one_line
 from sa_engine.plan import PlannedImage
 from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write, is_disk_error

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sa_engine.config import FilterConfig, ShardConfig
 from sa_engine.images import encode_jpeg, fit_short_side, resize_image
+from sa_engine.option_groups import FilterConfig, ShardConfig
 from sa_engine.plan import PlannedImage
 from sa_engine.records import ImageRecord, MaskRecord, image_name
 

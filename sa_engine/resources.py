@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import psutil
 
-from sa_engine.config import RunConfig
+from sa_engine.option_groups import RunConfig
 from sa_engine.plan import Plan
 from sa_engine.storage import RunError, RunPaths
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sa_engine import __version__
-from sa_engine.config import RunConfig, identity_values, to_dict
 from sa_engine.listing import list_images, size_and_mtime_ns
+from sa_engine.option_groups import RunConfig
+from sa_engine.options import identity_values, to_dict
 from sa_engine.plan import (
     Plan,
     default_shard_size,

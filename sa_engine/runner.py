@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sa_engine import ray_pool, run_dir
-from sa_engine.config import RunConfig
 from sa_engine.lock import RunLock
+from sa_engine.option_groups import RunConfig
 from sa_engine.partial import PartialShard, list_begun
 from sa_engine.pipeline import SkipImage, Stage, StageWorker, WorkerSpec
 from sa_engine.plan import Plan, read_plan, shard_name

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sa_engine.config import to_dict
 from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_device
 from sa_engine.modeling.weights import resolve
+from sa_engine.options import to_dict
 from sa_engine.rounds import MIOU, RoundInfo, Verdict, model_facts, write_model
 from sa_engine.storage import atomic_write
 from sa_engine.training import gate, round

@@ -7,7 +7,6 @@ over the frozen SAM's embedding (``sa_engine/detection/``). A detector is a roun
 from collections.abc import Callable
 from pathlib import Path
 
-from sa_engine.config import to_dict
 from sa_engine.detection.config import DetectorConfig
 from sa_engine.detection.files import detector_facts, fresh_detector, load_detector
 from sa_engine.detection.measure import Validation, embedder
@@ -15,6 +14,7 @@ from sa_engine.detection.model import BoxDetector
 from sa_engine.detection.trainer import LOSSES, DetectorTrainer
 from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_device
 from sa_engine.modeling.weights import resolve
+from sa_engine.options import to_dict
 from sa_engine.rounds import FRESH, RECALL, Parent, RoundInfo, Verdict, weights_of, write_model
 from sa_engine.storage import RunError, atomic_write, sha256_file
 from sa_engine.training import round

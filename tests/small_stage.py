@@ -22,9 +22,9 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from sa_engine import runner
-from sa_engine.config import ShardConfig, load_config
 from sa_engine.errors import SaEngineError
-from sa_engine.options import option
+from sa_engine.option_groups import ShardConfig
+from sa_engine.options import load_config, option
 from sa_engine.partial import Finished, finished_record
 from sa_engine.pipeline import WorkerSpec
 from sa_engine.plan import PlannedImage, read_plan

@@ -12,8 +12,9 @@ from small_stage import run, small_config
 
 from sa_engine import __version__
 from sa_engine.cli import _Group, main
-from sa_engine.config import AutoConfig, to_dict
+from sa_engine.config import AutoConfig
 from sa_engine.errors import TooManyFailures
+from sa_engine.options import to_dict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

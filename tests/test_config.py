@@ -7,22 +7,17 @@ from typing import Any
 import pytest
 import yaml
 
-from sa_engine.config import (
-    AutoConfig,
-    BlurConfig,
+from sa_engine.config import AutoConfig, BlurConfig, IngestConfig, PrefillConfig
+from sa_engine.detection.config import DetectorConfig
+from sa_engine.option_groups import MaskConfig, PrivacyConfig, ShardConfig
+from sa_engine.options import (
     ConfigError,
-    IngestConfig,
-    MaskConfig,
-    PrefillConfig,
-    PrivacyConfig,
-    ShardConfig,
     fingerprint,
     identity_values,
     load_config,
     to_dict,
     to_yaml,
 )
-from sa_engine.detection.config import DetectorConfig
 from sa_engine.training.config import RetrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"

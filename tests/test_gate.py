@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sa_engine.cli import main
-from sa_engine.config import MaskConfig
 from sa_engine.evaluation.data import DataSet, open_data
 from sa_engine.generator import MaskGenerator
 from sa_engine.modeling.sam import Sam, load_sam
 from sa_engine.modeling.weights import resolve
+from sa_engine.option_groups import MaskConfig
 from sa_engine.predictor import Predictor
 from sa_engine.training.gate import DataFigures, GateFigures, judge, measure
 

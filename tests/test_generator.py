@@ -8,11 +8,11 @@ import torch
 from parity.reference import photo
 
 from sa_engine import rle
-from sa_engine.config import MaskConfig
 from sa_engine.generator import GeneratedMask, MaskGenerator
 from sa_engine.images import resize_image
 from sa_engine.modeling.sam import load_sam
 from sa_engine.modeling.weights import resolve
+from sa_engine.option_groups import MaskConfig
 from sa_engine.predictor import Predictor
 
 QUICK = MaskConfig(points_per_side=6, crop_n_layers=0)

@@ -19,10 +19,11 @@ from parity.make_golden import GOLDEN, OPTIONS
 from parity.matching import Match, match
 from parity.reference import load_reference, photo, reference_masks
 
-from sa_engine.config import MaskConfig, load_config
 from sa_engine.generator import MaskGenerator
 from sa_engine.modeling.sam import Sam, build_sam, load_sam, model_fingerprint
 from sa_engine.modeling.weights import resolve
+from sa_engine.option_groups import MaskConfig
+from sa_engine.options import load_config
 from sa_engine.predictor import Predictor
 
 LEAST_SHARE = 0.99

@@ -7,7 +7,8 @@ import pytest
 from small_stage import SmallStage, run, small_config
 
 from sa_engine import resources, runner
-from sa_engine.config import AutoConfig, RunConfig
+from sa_engine.config import AutoConfig
+from sa_engine.option_groups import RunConfig
 from sa_engine.ray_pool import cluster
 from sa_engine.resources import (
     DiskSpace,

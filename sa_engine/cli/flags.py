@@ -6,8 +6,8 @@ from typing import Any, get_type_hints
 
 import click
 
-from sa_engine.config import FACE_DETECTORS, FORMATS, PLATE_DETECTORS, Config, ShardConfig
-from sa_engine.options import help_text
+from sa_engine.option_groups import FACE_DETECTORS, FORMATS, PLATE_DETECTORS, ShardConfig
+from sa_engine.options import Config, help_text
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -18,20 +18,11 @@ from sa_engine.cli.flags import (
     round_flags,
     run_flags,
 )
-from sa_engine.config import (
-    ANNOTATION_FORMATS,
-    AutoConfig,
-    BlurConfig,
-    Config,
-    IngestConfig,
-    ModelConfig,
-    PrefillConfig,
-    PrivacyConfig,
-    load_config,
-    to_yaml,
-)
+from sa_engine.config import ANNOTATION_FORMATS, AutoConfig, BlurConfig, IngestConfig, PrefillConfig
 from sa_engine.detection.config import DetectorConfig
 from sa_engine.errors import SaEngineError, TooManyFailures
+from sa_engine.option_groups import ModelConfig, PrivacyConfig
+from sa_engine.options import Config, load_config, to_yaml
 from sa_engine.training.config import RetrainConfig, RoundConfig
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sa_engine import __version__
-from sa_engine.config import PrivacyConfig
+from sa_engine.option_groups import PrivacyConfig
 from sa_engine.plan import PlannedImage
 from sa_engine.privacy.redactor import Redacted
 

@@ -1,6 +1,6 @@
 """What a user should be told of the privacy options they chose, each time."""
 
-from sa_engine.config import PrivacyConfig
+from sa_engine.option_groups import PrivacyConfig
 from sa_engine.privacy.weights import PLATE_WEIGHTS
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from sa_engine.boxes import BoxesError
-from sa_engine.config import PrivacyConfig
 from sa_engine.errors import SaEngineError
+from sa_engine.option_groups import PrivacyConfig
 from sa_engine.privacy.detectors import Detector, DetectorError
 from sa_engine.privacy.faces import load_face_detector
 from sa_engine.privacy.plates import load_plate_detector

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from sa_engine.config import MaskConfig
 from sa_engine.evaluation.data import DataSet
 from sa_engine.evaluation.interactive import (
     BOX,
@@ -22,6 +21,7 @@ from sa_engine.evaluation.interactive import (
 )
 from sa_engine.generator import MaskGenerator
 from sa_engine.modeling.sam import Sam
+from sa_engine.option_groups import MaskConfig
 from sa_engine.predictor import Predictor
 from sa_engine.rounds import MIOU, Verdict
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_engine.config import ConfigError, identity_values
+from sa_engine.options import ConfigError, identity_values
 from sa_engine.rounds import INFO, Parent, RoundInfo, read_round
 from sa_engine.run_dir import check_same, read_info
 from sa_engine.storage import RunPaths, location

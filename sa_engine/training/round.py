@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from sa_engine.config import ConfigError, identity_values, to_dict
 from sa_engine.evaluation.data import DataSet, open_data
 from sa_engine.evaluation.run import short_names
 from sa_engine.holdout import read_holdout
 from sa_engine.lock import RunLock
 from sa_engine.modeling.sam import select_device
+from sa_engine.options import ConfigError, identity_values, to_dict
 from sa_engine.progress import Interrupted, StopSignal, this_command
 from sa_engine.resources import cores
 from sa_engine.rounds import INFO, WEIGHTS, RoundInfo
