@@ -4,8 +4,10 @@
 
 Each PREFILLED is a run of `prefill`, TRUTH a run of the same photos with drawn masks, as from `ingest`. A mask is
 right if its IoU with some true mask reaches 0.75; the share of these is the precision. The least score at which it
-reaches --precision over all runs is told: set `box_score_thresh` to it. What matches no true mask may be an object all
-the same, as nobody draws everything: --unmatched writes pictures of up to 50 of them to look at.
+reaches --precision over all runs is told: set `box_score_thresh` to it. PREFILLED may be a run of `auto` too, whose
+masks have their predicted IoU as score: --budget compares such runs by the best masks of each, so many an image in the
+mean. What matches no true mask may be an object all the same, as nobody draws everything: --unmatched writes pictures
+of up to 50 of them to look at.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from sa_engine.records import ImageRecord, MaskRecord
 RIGHT, FOUND = 0.75, 0.5
 UNMATCHED = 50
 SIDE = 320  # pixels of a picture
+AROUND = 3.0  # sides of a mask's box that a picture shows
 
 
 class Drawn(NamedTuple):
@@ -44,9 +47,14 @@ class Scored(NamedTuple):
     truths: list[np.ndarray]  # of each image (P, G): IoU of its masks with the true ones
     scores: list[np.ndarray]  # of each image (P,): of the boxes
 
+    def score_of(self, masks: float) -> float:
+        """From which score on there are so many masks an image."""
+        best = sorted((score_of(one.mask) for one in self.drawn), reverse=True)
+        return best[min(len(best), max(1, round(masks * self.images))) - 1]
+
     def precision(self, score: float) -> tuple[int, int]:
         """Right masks, and all, from a score on."""
-        some = [one for one in self.drawn if (one.mask.box_score or 0) >= score]
+        some = [one for one in self.drawn if score_of(one.mask) >= score]
         return sum(one.iou >= RIGHT for one in some), len(some)
 
     def recall(self, score: float, iou: float) -> float:
@@ -59,28 +67,35 @@ class Scored(NamedTuple):
 
 
 def main() -> None:
-    """Print the table of every run, and the score to be set."""
+    """Print the table of every run, and the score to be set or those of the budgets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("pairs", nargs="+", metavar="PREFILLED=TRUTH")
     parser.add_argument("--precision", type=float, default=0.7)
     parser.add_argument("--unmatched", type=Path, metavar="DIR")
-    parser.add_argument("--score", type=float, help="the one score to report")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--score", type=float, help="the one score to report")
+    only.add_argument("--budget", type=float, action="append", help="masks an image, in the mean")
     asked = parser.parse_args()
     runs = [read(*map(Path, pair.split("=", 1))) for pair in asked.pairs]
     scores = np.arange(0, 1, 0.05) if asked.score is None else [asked.score]
     print("run              score  masks  an image  precision  recall at 0.5  at 0.75")
     for run in runs:
-        for score in scores:
+        for score in [run.score_of(masks) for masks in asked.budget] if asked.budget else scores:
             right, count = run.precision(score)
             if count:
                 print(
                     f"{run.name:16} {score:5.2f}  {count:5}  {count / run.images:8.1f}  {right / count:9.3f}  "
                     f"{run.recall(score, FOUND):13.3f}  {run.recall(score, RIGHT):7.3f}"
                 )
-    if asked.score is None:
+    if asked.score is None and not asked.budget:
         print(least_score(runs, asked.precision))
     if asked.unmatched is not None:
         write_unmatched(runs, float(scores[0]), asked.unmatched)
+
+
+def score_of(mask: MaskRecord) -> float:
+    """How sure a mask is: its box's score, or without one its predicted IoU."""
+    return float(mask.predicted_iou or 0 if mask.box_score is None else mask.box_score)
 
 
 def read(prefilled: Path, truth: Path) -> Scored:
@@ -98,7 +113,7 @@ def read(prefilled: Path, truth: Path) -> Scored:
             for mask, one in zip(record.masks, best, strict=True)
         ]
         truths.append(iou)
-        scores.append(np.array([mask.box_score or 0.0 for mask in record.masks]))
+        scores.append(np.array([score_of(mask) for mask in record.masks]))
     return Scored(prefilled.name, len(truths), drawn, truths, scores)
 
 
@@ -117,10 +132,7 @@ def write_unmatched(runs: list[Scored], score: float, out: Path) -> None:
     """Pictures of masks that match nothing, a random sample, and what it was drawn from."""
     out.mkdir(parents=True, exist_ok=True)
     some = [
-        one
-        for run in runs
-        for one in run.drawn
-        if one.iou < FOUND and (one.mask.box_score or 0) >= score
+        one for run in runs for one in run.drawn if one.iou < FOUND and score_of(one.mask) >= score
     ]
     order = np.random.default_rng(0).permutation(len(some))[:UNMATCHED]
     print(f"{len(some)} masks match nothing; {len(order)} of them in {out}")
@@ -133,15 +145,20 @@ def write_unmatched(runs: list[Scored], score: float, out: Path) -> None:
 
 
 def tile(one: Drawn) -> np.ndarray:
-    """A mask's outline on its photo, (SIDE, SIDE, 3) BGR."""
+    """A mask's outline on the part of its photo around it, (SIDE, SIDE, 3) BGR."""
     image = cv2.cvtColor(FinishedRun(one.run).picture(one.image), cv2.COLOR_RGB2BGR)
     outlines, _ = cv2.findContours(
         rle.decode(one.mask.segmentation).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )
-    width = max(1, max(image.shape) // 200)
-    cv2.drawContours(image, outlines, -1, (0, 0, 255), width)
-    scale = SIDE / max(image.shape)
-    small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    x, y, width, height = one.mask.bbox
+    side = max(AROUND * max(width, height), max(image.shape) / 4)
+    x, y = max(0, int(x + (width - side) / 2)), max(0, int(y + (height - side) / 2))
+    part = np.ascontiguousarray(image[y : y + int(side), x : x + int(side)])
+    scale = SIDE / max(part.shape)
+    small = cv2.resize(part, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    for color, width in ((255, 255, 255), 3), ((0, 0, 255), 1):
+        moved = [((line - (x, y)) * scale).round().astype(np.int32) for line in outlines]
+        cv2.drawContours(small, moved, -1, color, width)
     canvas = np.full((SIDE, SIDE, 3), 255, np.uint8)
     canvas[: small.shape[0], : small.shape[1]] = small[:SIDE, :SIDE]
     return canvas

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from sa_engine.modeling.mask_decoder import Attended, MaskDecoder
-from sa_engine.modeling.sam import load_sam
+from sa_engine.modeling.sam import encoder_fingerprint, load_sam
 from sa_engine.modeling.weights import resolve
 from sa_engine.training import simulate
 from sa_engine.training.config import RetrainConfig
 from sa_engine.training.data import TrainingData
-from sa_engine.training.embeddings import EmbeddingCache, encoder_fingerprint
+from sa_engine.training.embeddings import EmbeddingCache
 from sa_engine.training.group import Group
 from sa_engine.training.sam import SamTrainer
 from sa_engine.training.tally import Tally

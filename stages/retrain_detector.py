@@ -12,13 +12,18 @@ from sa_engine.detection.files import detector_facts, fresh_detector, load_detec
 from sa_engine.detection.measure import Validation, embedder
 from sa_engine.detection.model import BoxDetector
 from sa_engine.detection.trainer import LOSSES, DetectorTrainer
-from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_device
+from sa_engine.modeling.sam import (
+    Sam,
+    encoder_fingerprint,
+    load_sam,
+    model_fingerprint,
+    select_device,
+)
 from sa_engine.modeling.weights import resolve
 from sa_engine.options import to_dict
 from sa_engine.rounds import FRESH, RECALL, Parent, RoundInfo, Verdict, weights_of, write_model
 from sa_engine.storage import RunError, atomic_write, sha256_file
 from sa_engine.training import round
-from sa_engine.training.embeddings import encoder_fingerprint
 from sa_engine.training.group import Group
 from sa_engine.training.plots import plot_curves
 from sa_engine.training.report import Plan, RoundReport

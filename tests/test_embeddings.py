@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from training import make_run, quarter
 
-from sa_engine.modeling.sam import Sam, build_sam, load_sam, model_fingerprint
+from sa_engine.modeling.sam import Sam, build_sam, encoder_fingerprint, load_sam, model_fingerprint
 from sa_engine.modeling.weights import resolve
 from sa_engine.predictor import Predictor
 from sa_engine.training.data import TrainingData
-from sa_engine.training.embeddings import EmbeddingCache, EmbeddingCacheError, encoder_fingerprint
+from sa_engine.training.embeddings import EmbeddingCache, EmbeddingCacheError
 
 SHAPE = (1, 256, 64, 64)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mobile_sam
@@ -20,6 +21,7 @@ from sa_engine.evaluation.interactive import (
     Protocol,
     evaluate_image,
     evaluate_model,
+    evaluate_models,
 )
 from sa_engine.modeling.sam import load_sam
 from sa_engine.modeling.weights import resolve
@@ -204,6 +206,33 @@ def test_a_model_on_many_images(
     )
     assert (len(found.images), found.masks, len(seen)) == (1, 3, 2)
     assert found.mean("1") == found.images[0].iou["1"].mean()
+
+
+def test_models_with_one_encoder_share_its_embedding(
+    record: ImageRecord, image: np.ndarray
+) -> None:
+    """And have the scores that each has alone; another encoder embeds for itself."""
+    sams = [load_sam(resolve("vit_t")) for _ in range(3)]
+    with torch.no_grad():
+        sams[1].mask_decoder.mask_tokens.weight.mul_(1.1)
+        sams[2].image_encoder.neck[0].weight.mul_(1.1)
+    embedded = [0, 0, 0]
+    predictors = [Predictor(sam) for sam in sams]
+    for index, sam in enumerate(sams):
+        sam.image_encoder.register_forward_hook(partial(_count, embedded, index))
+    seconds = [0.0] * 3
+    found = evaluate_models(predictors, [(record, image)], THREE, seconds=seconds)
+    assert embedded == [1, 0, 1]
+    assert all(spent > 0 for spent in seconds)
+    alone = [evaluate_model(one, [(record, image)], THREE) for one in predictors]
+    for together, by_itself in zip(found, alone, strict=True):
+        for metric, values in by_itself.images[0].iou.items():
+            assert np.array_equal(together.images[0].iou[metric], values)
+    assert len({one.mean("1") for one in found}) == 3
+
+
+def _count(counts: list[int], index: int, *_: object) -> None:
+    counts[index] += 1
 
 
 def test_what_cannot_be_evaluated_is_told(

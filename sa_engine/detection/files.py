@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 
 from sa_engine.detection.config import SAM_BACKBONE, DetectorConfig
 from sa_engine.detection.model import BoxDetector
-from sa_engine.modeling.sam import Sam, model_fingerprint
+from sa_engine.modeling.sam import Sam, encoder_fingerprint, model_fingerprint
 from sa_engine.rounds import DetectorFacts, RoundError, RoundInfo, read_detector, weights_of
-from sa_engine.training.embeddings import encoder_fingerprint
 
 ARCHITECTURE = "detector"
 

@@ -9,6 +9,7 @@ An image is embedded once. Its masks go through the decoder in batches, all of a
 - Each click is chosen by what is wrong with the mask before. A mask without an error is left as it is.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from sa_engine import rle
 from sa_engine.errors import SaEngineError
 from sa_engine.evaluation.clicks import Click, center_click, mask_iou, next_click, random_click
 from sa_engine.masks import WindowMask
+from sa_engine.modeling.sam import encoder_fingerprint
 from sa_engine.predictor import Embedding, Predictor
 from sa_engine.records import ImageRecord, MaskRecord
 
@@ -113,15 +115,43 @@ def evaluate_model(
         EvaluationError: an image of another size than its record says, a mask without pixels, no mask at all, or a
             model whose embeddings are not finite.
     """
-    found = []
+    return evaluate_models([predictor], images, protocol, progress)[0]
+
+
+def evaluate_models(
+    predictors: Sequence[Predictor],
+    images: Iterable[tuple[ImageRecord, np.ndarray]],
+    protocol: Protocol,
+    progress: Callable[[], object] | None = None,
+    seconds: list[float] | None = None,
+) -> list[Evaluation]:
+    """Measure several models on the same images, each read once; models with the same image encoder share embeddings.
+
+    Args:
+        predictors: of the models, of one precision.
+        images, protocol, progress: as for :func:`evaluate_model`; progress is called for every model.
+        seconds: to which each model's are added, as many; an embedding's go to the first model that needs it.
+
+    Raises:
+        EvaluationError: as :func:`evaluate_model`.
+    """
+    encoders = [encoder_fingerprint(one.sam) for one in predictors]
+    found: list[list[ImageScores]] = [[] for _ in predictors]
+    spent = [0.0] * len(predictors) if seconds is None else seconds
     for record, image in images:
-        if record.masks:
-            found.append(evaluate_image(predictor, record, image, protocol))
-        if progress is not None:
-            progress()
-    if not found:
+        embeddings: dict[str, Embedding] = {}
+        for index, (predictor, encoder) in enumerate(zip(predictors, encoders, strict=True)):
+            started = time.monotonic()
+            if record.masks:
+                embedding = _embedding(predictor, record, image, embeddings.get(encoder))
+                embeddings.setdefault(encoder, embedding)
+                found[index].append(evaluate_image(predictor, record, image, protocol, embedding))
+            spent[index] += time.monotonic() - started
+            if progress is not None:
+                progress()
+    if not found[0]:
         raise EvaluationError("there are no masks to evaluate with: no image has any")
-    return Evaluation(protocol, tuple(found))
+    return [Evaluation(protocol, tuple(one)) for one in found]
 
 
 def evaluate_image(
@@ -137,16 +167,13 @@ def evaluate_image(
             f"image {record.image_id} is {image.shape[1]}x{image.shape[0]} pixels, and its masks are "
             f"of {record.width}x{record.height}: `sa-engine verify` says what is damaged"
         )
+    if embedding is None:
+        embedding = _embedding(predictor, record, image, None)
     masks = _sample(record, protocol)
     truths = [_truth(mask) for mask in masks]
     firsts = [
         _first_click(mask, truth, protocol) for mask, truth in zip(masks, truths, strict=True)
     ]
-    if embedding is None:
-        try:
-            embedding = predictor.embed(image)
-        except FloatingPointError as error:
-            raise EvaluationError(f"image {record.image_id}: {error}") from None
     device = predictor.sam.device.type
     size = protocol.masks_per_batch or MASKS_PER_BATCH.get(device, DEFAULT_MASKS_PER_BATCH)
     iou = {metric: np.zeros(len(masks)) for metric in protocol.metrics}
@@ -164,6 +191,18 @@ def evaluate_image(
         np.array([mask.area for mask in masks]),
         iou,
     )
+
+
+def _embedding(
+    predictor: Predictor, record: ImageRecord, image: np.ndarray, known: Embedding | None
+) -> Embedding:
+    """A model's embedding of an image, from that of a model with the same encoder if there is one."""
+    if known is not None:
+        return predictor.wrap(known.features, known.size, known.input_size)
+    try:
+        return predictor.embed(image)
+    except FloatingPointError as error:
+        raise EvaluationError(f"image {record.image_id}: {error}") from None
 
 
 def _sample(record: ImageRecord, protocol: Protocol) -> Sequence[MaskRecord]:

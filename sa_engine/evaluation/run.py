@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from sa_engine import __version__
 from sa_engine.evaluation.data import open_data
-from sa_engine.evaluation.interactive import EvaluationError, Protocol, evaluate_model
+from sa_engine.evaluation.interactive import EvaluationError, Protocol, evaluate_models
 from sa_engine.evaluation.results import ModelResult, Report, short_names
 from sa_engine.modeling.sam import load_sam, model_fingerprint, select_device
 from sa_engine.modeling.weights import resolve
@@ -64,18 +63,17 @@ def evaluate(
     )
     where = select_device(device)
     sams = [load_sam(resolve(checkpoint, progress)) for checkpoint in checkpoints]
-    models = []
+    predictors = [Predictor(sam.to(where), precision) for sam in sams]
+    seconds = [0.0] * len(sams)
     total = len(sams) * sum(len(one.image_ids) for one in sets)
     with tqdm(total=total, unit="image", disable=not progress, dynamic_ncols=True) as bar:
-        for name, sam in zip(short_names(checkpoints), sams, strict=True):
-            started = time.monotonic()
-            fingerprint = model_fingerprint(sam)
-            predictor = Predictor(sam.to(where), precision)
-            evaluations = tuple(
-                evaluate_model(predictor, one, protocol, bar.update) for one in sets
-            )
-            seconds = time.monotonic() - started
-            models.append(ModelResult(name, fingerprint, seconds, evaluations))
+        found = [evaluate_models(predictors, one, protocol, bar.update, seconds) for one in sets]
+    models = tuple(
+        ModelResult(name, model_fingerprint(sam), spent, tuple(evaluations))
+        for name, sam, spent, *evaluations in zip(
+            short_names(checkpoints), sams, seconds, *found, strict=True
+        )
+    )
     settings = {
         "split": split,
         "limit_images": limit,
@@ -84,7 +82,7 @@ def evaluate(
         "threads": threads,
         "versions": _versions(),
     }
-    return Report(protocol=protocol, data=sets, models=tuple(models), settings=settings)
+    return Report(protocol=protocol, data=sets, models=models, settings=settings)
 
 
 def prepare_output(out: AnyPath) -> None:

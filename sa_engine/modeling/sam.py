@@ -187,6 +187,11 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def encoder_fingerprint(sam: Sam) -> str:
+    """sha256 over the image encoder's tensors: models that share it share embeddings."""
+    return model_fingerprint(sam.image_encoder)
+
+
 def input_size(height: int, width: int, image_size: int) -> tuple[int, int]:
     """Size (height, width) of an image scaled so that its longest side is ``image_size``: half up, at least 1."""
     scale = image_size / max(height, width)

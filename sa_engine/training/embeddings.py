@@ -17,7 +17,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sa_engine.errors import SaEngineError
-from sa_engine.modeling.sam import Sam, model_fingerprint
 from sa_engine.storage import atomic_write
 
 _BLOCK = 4096  # bytes: a file's header, and its part of a disk's block
@@ -26,11 +25,6 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 class EmbeddingCacheError(SaEngineError):
     """The embeddings cannot be kept: no space, no permission, or values that are no numbers."""
-
-
-def encoder_fingerprint(sam: Sam) -> str:
-    """sha256 over the image encoder's tensors: models that share it share embeddings."""
-    return model_fingerprint(sam.image_encoder)
 
 
 class EmbeddingCache:

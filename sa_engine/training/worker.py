@@ -12,11 +12,11 @@ import cv2
 import torch
 from tqdm import tqdm
 
-from sa_engine.modeling.sam import Sam, model_fingerprint
+from sa_engine.modeling.sam import Sam, encoder_fingerprint, model_fingerprint
 from sa_engine.storage import RunError, RunPaths, atomic_write
 from sa_engine.training.config import RetrainConfig, RoundConfig
 from sa_engine.training.data import TrainingData
-from sa_engine.training.embeddings import EmbeddingCache, encoder_fingerprint
+from sa_engine.training.embeddings import EmbeddingCache
 from sa_engine.training.group import Group
 from sa_engine.training.init import initial_model
 from sa_engine.training.loop import Trainer
