@@ -215,7 +215,7 @@ def test_models_with_one_encoder_share_its_embedding(
     sams = [load_sam(resolve("vit_t")) for _ in range(3)]
     with torch.no_grad():
         sams[1].mask_decoder.mask_tokens.weight.mul_(1.1)
-        sams[2].image_encoder.neck[0].weight.mul_(1.1)
+        sams[2].image_encoder.neck[-1].weight.mul_(1.1)
     embedded = [0, 0, 0]
     predictors = [Predictor(sam) for sam in sams]
     for index, sam in enumerate(sams):
