@@ -28,7 +28,7 @@ from sa_engine.training.group import Group
 from sa_engine.training.plots import plot_curves
 from sa_engine.training.report import Plan, RoundReport
 from sa_engine.training.state import TrainingState
-from sa_engine.training.validation import MEAN
+from sa_engine.training.validation import MEAN, ValidationImages
 from sa_engine.training.worker import Job, open_cache, read_metrics
 
 
@@ -83,7 +83,7 @@ def detector_trainer(group: Group, job: Job, state: TrainingState | None) -> Det
     if config.validation:
         sets = [(one.name, one) for one in job.data.validation_sets()]
         embed = embedder(sam, config.precision)
-        validation = Validation(sets, config.validation_images, group, embed)
+        validation = Validation(ValidationImages(sets, config.validation_images, group), embed)
     return DetectorTrainer(config, group, model, job.data, sam, cache, validation, state)
 
 
@@ -168,7 +168,7 @@ def _gate(planned: Plan, sam: Sam | None) -> Callable[[BoxDetector], dict[str, f
     device = select_device(config.device)
     sets = [(one.name, one) for one in planned.gate]
     embed = embedder(None if sam is None else sam.to(device), config.precision)
-    validation = Validation(sets, config.gate_images, Group(device=device), embed)
+    validation = Validation(ValidationImages(sets, config.gate_images, Group(device=device)), embed)
 
     def measure(model: BoxDetector) -> dict[str, float]:
         found = validation.measure(model.to(device))

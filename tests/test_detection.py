@@ -34,6 +34,7 @@ from sa_engine.training.data import TrainingData
 from sa_engine.training.group import Group
 from sa_engine.training.parallel import run_workers
 from sa_engine.training.state import load_state, save_state
+from sa_engine.training.validation import ValidationImages
 from stages.retrain_detector import judge
 
 SMALL: dict[str, Any] = {
@@ -90,7 +91,9 @@ def test_a_detector_learns_where_the_objects_are(run: Path) -> None:
     """From nothing its anchors find some of the quarters of these eight pictures, afterwards it finds most."""
     trainer = make_trainer(run, iterations=30, batch_size=2, lr=1e-3)
     data = open_data(run, "quarters")
-    validation = Validation([("quarters", data)], 8, Group(), embedder(trainer.sam, "fp32"))
+    validation = Validation(
+        ValidationImages([("quarters", data)], 8, Group()), embedder(trainer.sam, "fp32")
+    )
     before = validation.measure(trainer.detector)["mean"]
     assert not any(one.requires_grad for one in validation._features.values() if one is not None)
     lines: list[Any] = []

@@ -210,3 +210,18 @@ def test_a_run_that_is_not_finished_or_none_is_refused(prefilled: Path, tmp_path
     assert full.exit_code == 0
     result = take_back(tmp_path / "full", dest, "annotations.json", tmp_path / "returned")
     assert result.exit_code == 2 and "prefill was " in result.stderr
+
+
+def test_masks_of_auto_may_be_handed_out_too(tmp_path: Path, photo_files: list[Path]) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.open(photo_files[1]).save(tmp_path / "photos" / "coffee.png")
+    command = ["auto", f"--images={tmp_path / 'photos'}", f"--out={tmp_path / 'run'}", "--local",
+               "--set=points_per_side=4", "--set=crop_n_layers=0", *LOOSE]  # fmt: skip
+    assert CliRunner().invoke(main, command).exit_code == 0
+    (record,) = iter_records(tmp_path / "run")
+    assert len(record.masks) > 1
+    dest = hand_out(tmp_path / "run", tmp_path / "handout", "coco-rle")
+    result = take_back(tmp_path / "run", dest, "annotations.json", tmp_path / "returned")
+    assert result.exit_code == 0, result.output
+    (found,) = fates(tmp_path / "returned").values()
+    assert found == [("kept", mask.id) for mask in record.masks]

@@ -13,7 +13,7 @@ from sa_engine.modeling.sam import load_sam
 from sa_engine.modeling.weights import resolve
 from sa_engine.predictor import Predictor
 from sa_engine.training.group import Group
-from sa_engine.training.validation import Validation
+from sa_engine.training.validation import Validation, ValidationImages
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -25,7 +25,7 @@ def test_validation_measures_what_evaluate_does(
         Image.fromarray(photos[number]).reduce(4).save(tmp_path / "photos" / f"{number}.png")
     data = open_data(make_run(tmp_path / "photos", tmp_path / "run", quarters), "run")
     sam = load_sam(resolve("vit_t"))
-    validation = Validation([("run", data)], 2, Group(), frozen)
+    validation = Validation(ValidationImages([("run", data)], 2, Group()), frozen)
     found = [validation.measure(sam, "fp32") for _ in range(2)]
     assert found[0] == found[1]
     first_two = [one for one, _ in zip(data, range(2), strict=False)]

@@ -1,7 +1,6 @@
 """How good a detector's boxes are: average recall of the best 100 (paper §7.3, §D.3; `evaluation/proposals.py`)."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,10 @@ from sa_engine.images import resize_image
 from sa_engine.modeling.sam import Sam, input_size, load_sam, select_device
 from sa_engine.modeling.weights import resolve
 from sa_engine.records import ImageRecord
-from sa_engine.training.group import Group
 from sa_engine.training.sam import encode
-from sa_engine.training.validation import MEAN
+from sa_engine.training.validation import MEAN, ValidationImages
 
 PROPOSALS = 100
-Images = Iterable[tuple[ImageRecord, np.ndarray]]
 
 
 def embedder(sam: Sam | None, precision: str) -> Callable[[np.ndarray], Tensor | None]:
@@ -70,48 +67,30 @@ def detector_recall(
 
 
 class Validation:
-    """A fixed sample of validation images, each worker's share of them in its memory.
+    """The validation of a detector on a sample of images.
 
     Args:
-        sets: by name, images with their masks.
-        images: of each set, at most.
-        group: of the workers, which share the work.
+        images: to validate on.
         embed: see `embedder`; an image is embedded once.
     """
 
     def __init__(
-        self,
-        sets: Sequence[tuple[str, Images]],
-        images: int,
-        group: Group,
-        embed: Callable[[np.ndarray], Tensor | None],
+        self, images: ValidationImages, embed: Callable[[np.ndarray], Tensor | None]
     ) -> None:
-        self._group, self._embed = group, embed
-        self._sets = [
-            (name, list(islice(islice(found, images), group.rank, None, group.size)))
-            for name, found in sets
-        ]
+        self._images, self._embed = images, embed
         self._features: dict[tuple[str, int], Tensor | None] = {}
 
     def measure(self, model: BoxDetector) -> dict[str, float]:
         """AR@100 by data set, each mask counting the same, and the mean over data sets; leaves it in eval mode."""
         detector = Detector(model)
-        sums: list[float] = []
-        for name, images in self._sets:
-            found = [self._recall(detector, name, *one) for one in images]
-            sums += [sum(one for one, _ in found), float(sum(count for _, count in found))]
-        totals = np.array(self._group.sum(sums)).reshape(-1, 2)
-        recalls = totals[:, 0] / totals[:, 1]
-        names = [name for name, _ in self._sets]
-        return {**dict(zip(names, recalls.tolist(), strict=True)), MEAN: float(recalls.mean())}
 
-    def _recall(
-        self, detector: Detector, name: str, record: ImageRecord, image: np.ndarray
-    ) -> tuple[float, int]:
-        """Masks found, averaged over IoUs, and how many there are."""
-        key = (name, record.image_id)
-        if key not in self._features:
-            self._features[key] = self._embed(image)
-        proposals = Proposals(*detector.detect(image, self._features[key]))
-        recall = image_recall(record, proposals, "boxes", PROPOSALS)
-        return float(recall.sums(ALL, [PROPOSALS])[0]), len(record.masks)
+        def score(name: str, record: ImageRecord, image: np.ndarray) -> tuple[list[float], int]:
+            key = (name, record.image_id)
+            if key not in self._features:
+                self._features[key] = self._embed(image)
+            proposals = Proposals(*detector.detect(image, self._features[key]))
+            recall = image_recall(record, proposals, "boxes", PROPOSALS)
+            return [float(recall.sums(ALL, [PROPOSALS])[0])], len(record.masks)
+
+        found = {name: float(recall) for name, (recall,) in self._images.means(1, score).items()}
+        return {**found, MEAN: float(np.mean(list(found.values())))}

@@ -1,6 +1,6 @@
 """How good a model is in the middle of its training, on images that are not trained on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -18,24 +18,53 @@ _PROTOCOL = Protocol(points=(1,), boxes=True, max_masks=MASKS_PER_IMAGE)
 MEAN = "mean"
 
 
-class Validation:
-    """A fixed sample of validation images, each worker's share of them in its memory.
+class ValidationImages:
+    """A fixed sample of images, each worker's share of them in its memory.
 
     Args:
         sets: by name, images with their masks.
         images: of each set, at most.
         group: of the workers, which share the work.
-        frozen: the encoder never changes, so that an image is embedded once.
     """
 
-    def __init__(
-        self, sets: Sequence[tuple[str, Images]], images: int, group: Group, frozen: bool
-    ) -> None:
-        self._group, self._frozen = group, frozen
+    def __init__(self, sets: Sequence[tuple[str, Images]], images: int, group: Group) -> None:
+        self._group = group
         self._sets = [
             (name, list(islice(islice(found, images), group.rank, None, group.size)))
             for name, found in sets
         ]
+
+    def means(
+        self,
+        kinds: int,
+        score: Callable[[str, ImageRecord, np.ndarray], tuple[Sequence[float], int]],
+    ) -> dict[str, np.ndarray]:
+        """Mean scores, (kinds,), over the masks of every set, of all workers' images.
+
+        Args:
+            kinds: of scores.
+            score: gives of an image the sums of its masks' scores, and how many masks there are; it is called with
+                the name of the set.
+        """
+        sums: list[float] = []
+        for name, images in self._sets:
+            found = [score(name, *one) for one in images]
+            own = np.array([[*scores, count] for scores, count in found]).reshape(-1, kinds + 1)
+            sums += own.sum(axis=0).tolist()  # zeros where this worker has no image of the set
+        rows = np.array(self._group.sum(sums)).reshape(-1, kinds + 1)
+        return {name: row[:-1] / row[-1] for (name, _), row in zip(self._sets, rows, strict=True)}
+
+
+class Validation:
+    """The validation of SAM on a sample of images.
+
+    Args:
+        images: to validate on.
+        frozen: the encoder never changes, so that an image is embedded once.
+    """
+
+    def __init__(self, images: ValidationImages, frozen: bool) -> None:
+        self._images, self._frozen = images, frozen
         self._features: dict[tuple[str, int], tuple[Tensor, tuple[int, int]]] = {}
 
     def measure(self, sam: Sam, precision: str) -> dict[str, float]:
@@ -44,15 +73,15 @@ class Validation:
         The model is left in eval mode.
         """
         predictor = Predictor(sam, precision)
-        sums: list[float] = []
-        for name, images in self._sets:
-            scores = [self._score(predictor, name, *one) for one in images]
-            sums += [sum(float(one.iou[metric].sum()) for one in scores) for metric in ("1", BOX)]
-            sums.append(float(sum(len(one.areas) for one in scores)))
-        clicked, boxed, counts = np.array(self._group.sum(sums)).reshape(-1, 3).T
-        points = clicked / counts
-        found = {name: float(one) for (name, _), one in zip(self._sets, points, strict=True)}
-        return {**found, MEAN: float(points.mean()), BOX: float((boxed / counts).mean())}
+
+        def score(name: str, record: ImageRecord, image: np.ndarray) -> tuple[list[float], int]:
+            found = self._score(predictor, name, record, image)
+            return [float(found.iou[metric].sum()) for metric in ("1", BOX)], len(found.areas)
+
+        found = self._images.means(2, score)
+        points, boxed = np.array(list(found.values())).T
+        named = dict(zip(found, points.tolist(), strict=True))
+        return {**named, MEAN: float(points.mean()), BOX: float(boxed.mean())}
 
     def _score(
         self, predictor: Predictor, name: str, record: ImageRecord, image: np.ndarray

@@ -23,7 +23,7 @@ from sa_engine.training.loop import Trainer
 from sa_engine.training.sam import SamTrainer
 from sa_engine.training.state import TrainingState, load_state, save_state
 from sa_engine.training.tally import TIMES
-from sa_engine.training.validation import Validation
+from sa_engine.training.validation import Validation, ValidationImages
 
 METRICS = "metrics.jsonl"
 _LINE_S = 30.0
@@ -88,7 +88,7 @@ def sam_trainer(group: Group, job: Job, state: TrainingState | None) -> SamTrain
     if config.validation:
         sets = [(one.name, one) for one in job.data.validation_sets()]
         frozen = not config.train_encoder
-        validation = Validation(sets, config.validation_images, group, frozen)
+        validation = Validation(ValidationImages(sets, config.validation_images, group), frozen)
     return SamTrainer(config, group, sam, job.data, cache, validation, state)
 
 
