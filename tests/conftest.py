@@ -19,7 +19,9 @@ import pytest
 import skimage
 from ingesting import HEIGHT, NAMES, WIDTH
 from PIL import Image
+from runs import data_files
 from s3_server import s3_server
+from small_stage import run, small_config
 from training import save
 
 PHOTO_NAMES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
@@ -71,6 +73,14 @@ def many(photos: list[np.ndarray], tmp_path: Path) -> Path:
     for number in range(24):
         save(tmp_path / "many", number, photos)
     return tmp_path / "many"
+
+
+@pytest.fixture
+def expected(photo_folder: Path, tmp_path: Path) -> dict[str, str]:
+    """The files of an uninterrupted run of the small stage over `photo_folder`, in two shards."""
+    out = tmp_path / "expected"
+    run(small_config(photo_folder, out))
+    return data_files(out)
 
 
 @pytest.fixture

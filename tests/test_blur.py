@@ -32,9 +32,9 @@ import pytest
 from click.testing import Result
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 from retinaface.weights import WEIGHTS as FACE_WEIGHTS
+from runs import FORKS
 from small_stage import kill_at_replace
 from test_cli import assert_refused, sa_engine
-from test_runner import FORKS
 
 from sa_engine import __version__
 from sa_engine.cli import main

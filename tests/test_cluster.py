@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
+from runs import data_files, errors, markers, start_driver, wait_for_marker
 from small_stage import run, small_config
-from test_runner import data_files, errors, markers, start_driver, wait_for_marker
 
 from sa_engine.storage import RunPaths
 

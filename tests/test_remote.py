@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from runs import data_files, in_child
 from small_stage import drive, run, small_config
-from test_runner import data_files, in_child
 
 from sa_engine import lock, runner
 from sa_engine.cli import main

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import data_files, errors, files_of_run, in_child, markers, plan
 from small_stage import SmallStage, drive, run, small_config
-from test_runner import data_files, errors, files_of_run, in_child, markers, plan
 
 from sa_engine import runner
 from sa_engine.lock import RunLock

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from runs import start_driver, wait_for_marker
 from small_stage import run, small_config
-from test_runner import start_driver, wait_for_marker
 
 from sa_engine.cli import main
 from sa_engine.failures import by_reason, list_failures, table
