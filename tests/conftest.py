@@ -84,6 +84,22 @@ def expected(photo_folder: Path, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
+def portrait(photos: list[np.ndarray]) -> Image.Image:
+    """The astronaut, 128 x 128, her face 30 pixels high."""
+    return Image.fromarray(photos[0]).reduce(4)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, photos: list[np.ndarray], portrait: Image.Image) -> Path:
+    """A folder of two photos: a cup of coffee, and the astronaut in a sub-folder."""
+    folder = tmp_path / "photos"
+    (folder / "people").mkdir(parents=True)
+    Image.fromarray(photos[1]).reduce(4).save(folder / "coffee.jpg", quality=95)
+    portrait.save(folder / "people" / "astronaut.png")
+    return folder
+
+
+@pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Two photos of 17 x 12 pixels, one of them in a folder."""
     folder = tmp_path / "photos"

@@ -77,6 +77,34 @@ def test_coco_is_read_by_pycocotools(run: Path, name: str) -> None:
         assert entry["bbox"] == box.tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("coco/train", 1105), ("coco/val", 513), ("bsds500/train", 3008), ("bsds500/val", 570),
+     ("bbbc038/train", 7083), ("bbbc038/val", 1851), ("ccp/train", 1742)],
+)  # fmt: skip
+def test_polygons_of_whole_data_sets_are_the_same_masks(
+    shared_data: Path, tmp_path: Path, name: str, count: int
+) -> None:
+    source, out, dest = shared_data / name, tmp_path / "out", tmp_path / "export"
+    result = CliRunner().invoke(
+        main,
+        ["ingest", f"--images={source / 'images'}", f"--annotations={source / 'annotations.json'}",
+         f"--out={out}", "--local", "--no-images"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(main, ["export", str(out), "--format=coco", f"--out={dest}"])
+    assert result.exit_code == 0, result.output
+    api = COCO(str(dest / "annotations.json"))
+    compared = 0
+    for record in iter_records(out):
+        for mask in record.masks:
+            drawn = api.annToMask(api.anns[mask.id])
+            assert np.array_equal(drawn, rle.decode(mask.segmentation)), mask.id
+            compared += 1
+    assert compared == count
+
+
 def test_instance_maps_keep_what_is_in_front_and_tell_the_rest(run: Path) -> None:
     result = export(run, "png")
     assert "masks wholly behind others" not in result.output
