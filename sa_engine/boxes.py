@@ -1,19 +1,49 @@
 """Boxes given by image in a file: regions to redact, or what a detector found: `--boxes FILE`."""
 
+import bisect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 
 from sa_engine.errors import SaEngineError
 from sa_engine.option_groups import PrivacyConfig, RunConfig
 from sa_engine.run_dir import planned_keys
 
-Boxes = Mapping[str, list[list[float]]]
-
 
 class BoxesError(SaEngineError):
     """A file of regions that cannot be read, or that names an image which is not there."""
+
+
+class Boxes:
+    """Boxes by image, in arrays: millions of them travel to workers without a Python object for each number.
+
+    Args:
+        given: by image, boxes of four numbers, and a fifth where they have a score.
+    """
+
+    def __init__(self, given: Mapping[str, Sequence[Sequence[float]]] | None = None) -> None:
+        names = sorted(given or {})
+        rows = [[*box, math.nan][:5] for name in names for box in (given or {})[name]]
+        self._names = pa.array(names, pa.large_string())
+        self._ends = np.cumsum([0, *(len((given or {})[name]) for name in names)])
+        self._rows = np.array(rows, np.float64).reshape(-1, 5)
+
+    def of(self, image: str) -> np.ndarray:
+        """Of an image, (N, 5) float64: left, top, right, bottom, and the score, not a number where there is none."""
+        count = len(self._names)
+        place = bisect.bisect_left(range(count), image, key=lambda i: self._names[i].as_py())
+        if place == count or self._names[place].as_py() != image:
+            return self._rows[:0]
+        return self._rows[self._ends[place] : self._ends[place + 1]]
+
+    def missing(self, images: Iterable[str]) -> list[str]:
+        """Names that are none of these images', sorted."""
+        there = set(images)
+        return [name for name in self._names.to_pylist() if name not in there]
 
 
 def read_boxes(file: Path, scored: bool = False) -> Boxes:
@@ -44,7 +74,7 @@ def read_boxes(file: Path, scored: bool = False) -> Boxes:
     for key, boxes in content.items():
         if not isinstance(boxes, list) or not all(_is_box(box, scored) for box in boxes):
             raise BoxesError(f"boxes {file}: {key} has {json.dumps(boxes)[:100]}; {expected}")
-    return content
+    return Boxes(content)
 
 
 def boxes_of_run(file: Path, run: RunConfig, scored: bool = False) -> Boxes:
@@ -53,7 +83,7 @@ def boxes_of_run(file: Path, run: RunConfig, scored: bool = False) -> Boxes:
     Raises BoxesError also if a box's image is none of the run's: a misspelt name would be nothing at all.
     """
     boxes = read_boxes(file, scored)
-    unknown = sorted(set(boxes) - set(planned_keys(run)))
+    unknown = boxes.missing(planned_keys(run))
     if unknown:
         raise BoxesError(
             f"boxes {file}: there is no {unknown[0][:200]} among the images of {run.images} "
@@ -64,7 +94,7 @@ def boxes_of_run(file: Path, run: RunConfig, scored: bool = False) -> Boxes:
 
 def extra_boxes(config: PrivacyConfig, run: RunConfig) -> Boxes:
     """The regions to redact of the file that a stage was given, if it was. Raises BoxesError."""
-    return {} if config.extra_boxes is None else boxes_of_run(Path(config.extra_boxes), run)
+    return Boxes() if config.extra_boxes is None else boxes_of_run(Path(config.extra_boxes), run)
 
 
 class _Twice(Exception):

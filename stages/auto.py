@@ -50,7 +50,7 @@ class Segmented(NamedTuple):
 class AutoStage(ModelStage):
     """The stage as the runner knows it."""
 
-    boxes: Boxes = field(default_factory=dict)
+    boxes: Boxes = field(default_factory=Boxes)
     name: str = "auto"
     detectors: dict[str, str] = field(default_factory=dict)
 
@@ -96,7 +96,7 @@ class AutoWorker:
         self.config = config
         self.redactor = redactor
         self.detectors = redactor.describe() if redactor else []
-        self.boxes = boxes or {}
+        self.boxes = boxes or Boxes()
 
     def prepare(self, item: PlannedImage, data: bytes) -> Decoded:
         """Decode a photo and scale it to the released size."""
@@ -108,7 +108,7 @@ class AutoWorker:
         """Generate the masks; if asked for, of the photo without its faces and plates."""
         image, released, redacted = prepared.image, prepared.released, None
         if self.redactor is not None:
-            boxes = self.boxes.get(item.key, [])
+            boxes = self.boxes.of(item.key)[:, :4].tolist()
             redacted = self.redactor.redact(image, boxes, lambda seen: (b"", seen))
             image = redacted.image
             released = at_released_size(image, self.config)
@@ -180,7 +180,7 @@ def describe(config: AutoConfig, start: runner.Start = runner.RESUME) -> runner.
 
 
 def _stage(config: AutoConfig) -> AutoStage:
-    boxes = extra_boxes(config, config) if config.blur else {}
+    boxes = extra_boxes(config, config) if config.blur else Boxes()
     return AutoStage(checkpoint=absolute(config.checkpoint), boxes=boxes)
 
 

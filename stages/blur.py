@@ -38,7 +38,7 @@ class Decoded(NamedTuple):
 class BlurStage:
     """The stage as the runner knows it; it travels to the workers with the driver's fingerprints."""
 
-    boxes: Boxes = field(default_factory=dict)
+    boxes: Boxes = field(default_factory=Boxes)
     name: str = "blur"
     expected: dict[str, str] | None = None
 
@@ -86,7 +86,7 @@ class BlurWorker:
             encoded = encode_as(image, suffix, self.config.jpeg_quality, prepared.icc)
             return encoded, decode_image(encoded)
 
-        boxes = self.boxes.get(item.key, [])
+        boxes = self.boxes.of(item.key)[:, :4].tolist()
         return prepared, self.redactor.redact(prepared.image, boxes, release)
 
     def finish(self, item: PlannedImage, result: "tuple[Decoded, Redacted]") -> Finished:

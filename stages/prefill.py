@@ -48,7 +48,7 @@ class Prefilled(NamedTuple):
 class PrefillStage(ModelStage):
     """The stage as the runner knows it."""
 
-    boxes: Boxes = field(default_factory=dict)
+    boxes: Boxes = field(default_factory=Boxes)
     detector: Path | None = None
     detector_fingerprint: str | None = None
     name: str = "prefill"
@@ -114,7 +114,7 @@ class PrefillWorker:
         """Decode a photo, and scale it and its boxes to the released size."""
         image = decode_image(data)
         released = at_released_size(image, self.config)
-        boxes, scores = _arrays(self.boxes.get(item.key, []), image.shape[0], image.shape[1])
+        boxes, scores = _cut(self.boxes.of(item.key), image.shape[0], image.shape[1])
         scale = np.array(released.shape[1::-1]) / image.shape[1::-1]
         return Decoded(
             released, boxes * np.tile(scale, 2), scores, hashlib.sha256(data).hexdigest()
@@ -191,13 +191,11 @@ def _stage(config: PrefillConfig) -> PrefillStage:
     )
 
 
-def _arrays(boxes: list[list[float]], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (N, 4) cut to the (height, width) photo, and their scores (N,).
+def _cut(rows: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of `Boxes`' rows the boxes (N, 4), cut to the (height, width) photo, and their scores (N,).
 
     Raises BoxesError for a box that lies outside: its photo was another one, or not upright.
     """
-    rows = np.array([box if len(box) == 5 else [*box, np.nan] for box in boxes], np.float64)
-    rows = rows.reshape(-1, 5)
     cut = rows[:, :4].clip(0, [width, height, width, height])
     outside = (cut[:, 0] >= cut[:, 2]) | (cut[:, 1] >= cut[:, 3])
     if outside.any():

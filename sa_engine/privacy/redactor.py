@@ -216,7 +216,7 @@ class Redactor:
         for x0, y0, x1, y1 in manual:
             if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
                 raise BoxesError(
-                    f"the region {[x0, y0, x1, y1]} lies outside of this photo, which is "
+                    f"the region [{x0:g}, {y0:g}, {x1:g}, {y1:g}] lies outside of this photo, which is "
                     f"{width} x {height}: nothing was released of it"
                 )
         regions += self.find(image)
