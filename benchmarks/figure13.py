@@ -5,8 +5,9 @@
 The stages are simulated with masks that people drew. In stage 1 annotators draw what is prominent: the larger half of
 each image's masks, on half of the photos. In stage 2 they add the rest: all masks, on the other half. The automatic
 stage is `sa-engine auto` with the first model on all of them. Every training starts from that model; they differ in
-data and seed alone. The measure is the mean IoU after one click on photos that none of them saw, with intervals over
-these photos; points are seeds. Everything is a command of sa-engine, and whatever is there already is not done again.
+data and seed alone. The measure is what that adds to the mean IoU after one click on photos that none of them saw, with
+intervals over these photos; points are seeds. Everything is a command of sa-engine, and whatever is there already is
+not done again.
 """
 
 import argparse
@@ -122,29 +123,31 @@ def train(asked: argparse.Namespace, stage: str, seed: int) -> str:
     return str(out)
 
 
-def figures(models: list[dict[str, Any]], seeds: int) -> dict[str, list[dict[str, float]]]:
-    """The mean over data sets, of each stage's models: value and interval."""
+def gains(models: list[dict[str, Any]], seeds: int) -> dict[str, list[dict[str, float]]]:
+    """What each stage's models gain over the first, in the mean over data sets: value and interval, in pairs."""
     per_stage = [models[1 + i :: len(STAGES)] for i in range(len(STAGES))]
-    found = dict(zip(STAGES, per_stage, strict=True))
-    assert all(len(some) == seeds for some in found.values())
-    named = {"vit_t": models[:1], **found}
-    return {name: [one["miou"]["mean"]["1"] for one in some] for name, some in named.items()}
+    assert all(len(some) == seeds for some in per_stage)
+    return {
+        name: [one["minus_first"]["mean"]["1"] for one in some]
+        for name, some in zip(STAGES, per_stage, strict=True)
+    }
 
 
 def table(models: list[dict[str, Any]], seeds: int) -> None:
     """Print the figures."""
-    for name, values in figures(models, seeds).items():
+    print(f"vit_t           {models[0]['miou']['mean']['1']['value']:.3f}")
+    for name, values in gains(models, seeds).items():
         each = ", ".join(
-            f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]" for one in values
+            f"{one['value']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]" for one in values
         )
-        print(f"{name:15} mean {np.mean([one['value'] for one in values]):.3f}   {each}")
+        print(f"{name:15} mean {np.mean([one['value'] for one in values]):+.3f}   {each}")
 
 
 def draw(models: list[dict[str, Any]], seeds: int) -> bytes:
     """The figure as a PNG."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
-    for place, values in enumerate(figures(models, seeds).values()):
+    for place, values in enumerate(gains(models, seeds).values()):
         for offset, one in zip(np.linspace(-0.15, 0.15, len(values)), values, strict=True):
             error = [[one["value"] - one["low"]], [one["high"] - one["value"]]]
             axis.errorbar(
@@ -152,9 +155,12 @@ def draw(models: list[dict[str, Any]], seeds: int) -> bytes:
             )
         mean = float(np.mean([one["value"] for one in values]))
         axis.hlines(mean, place - 0.3, place + 0.3, color="black")
-        axis.annotate(f"{mean:.3f}", (place + 0.32, mean), va="center", fontsize="small")
-    axis.set_xticks(range(1 + len(STAGES)), ["vit_t", *STAGES])
-    axis.set_ylabel("mean IoU after one click")
+        axis.annotate(f"{mean:+.3f}", (place + 0.32, mean), va="center", fontsize="small")
+    axis.axhline(0, color="gray", linewidth=1)
+    axis.set_xticks(range(len(STAGES)), list(STAGES))
+    axis.set_xlim(-0.5, len(STAGES) - 0.3)
+    start = models[0]["miou"]["mean"]["1"]["value"]
+    axis.set_ylabel(f"mean IoU after one click, over {start:.3f}")
     axis.set_title(
         "Trained on simulated stages; points are seeds, 95 % intervals over photos",
         fontsize="medium",
