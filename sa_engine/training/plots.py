@@ -50,7 +50,7 @@ def plot_curves(
         axis.set_xlabel("minutes of training" if axis is measured else "iteration")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
+            axis.legend(fontsize="small", framealpha=0.5)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
