@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from sa_engine.errors import SaEngineError
 from sa_engine.option_groups import PrivacyConfig, RunConfig
@@ -26,24 +25,37 @@ class Boxes:
     """
 
     def __init__(self, given: Mapping[str, Sequence[Sequence[float]]] | None = None) -> None:
-        names = sorted(given or {})
-        rows = [[*box, math.nan][:5] for name in names for box in (given or {})[name]]
-        self._names = pa.array(names, pa.large_string())
-        self._ends = np.cumsum([0, *(len((given or {})[name]) for name in names)])
+        given = given or {}
+        names = sorted(given)
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
+        rows = [[*box, math.nan][:5] for name in names for box in given[name]]
+        self._text = b"".join(encoded)
+        self._letters = np.cumsum(
+            [0, *map(len, encoded)]
+        )  # where a name begins, and the one before ends
+        self._ends = np.cumsum([0, *(len(given[name]) for name in names)])
         self._rows = np.array(rows, np.float64).reshape(-1, 5)
 
     def of(self, image: str) -> np.ndarray:
         """Of an image, (N, 5) float64: left, top, right, bottom, and the score, not a number where there is none."""
-        count = len(self._names)
-        place = bisect.bisect_left(range(count), image, key=lambda i: self._names[i].as_py())
-        if place == count or self._names[place].as_py() != image:
+        place = bisect.bisect_left(range(len(self)), image, key=self._name)
+        if place == len(self) or self._name(place) != image:
             return self._rows[:0]
         return self._rows[self._ends[place] : self._ends[place + 1]]
 
     def missing(self, images: Iterable[str]) -> list[str]:
         """Names that are none of these images', sorted."""
         there = set(images)
-        return [name for name in self._names.to_pylist() if name not in there]
+        return [name for name in map(self._name, range(len(self))) if name not in there]
+
+    def __len__(self) -> int:
+        """Images that are named."""
+        return len(self._ends) - 1
+
+    def _name(self, place: int) -> str:
+        return self._text[self._letters[place] : self._letters[place + 1]].decode(
+            "utf-8", "surrogatepass"
+        )
 
 
 def read_boxes(file: Path, scored: bool = False) -> Boxes:

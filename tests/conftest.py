@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Before anything imports ray, as the runner does.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
@@ -23,17 +25,29 @@ from runs import data_files
 from s3_server import s3_server
 from small_stage import run, small_config
 from training import save
+from xdist.scheduler import LoadScopeScheduling
 
 PHOTO_NAMES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all tests of Ray to one process, so that there is one Ray, and else all of a file."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        item.add_marker(
-            pytest.mark.xdist_group("ray" if "ray_address" in fixtures else item.path.name)
-        )
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """All tests of a file in one process; and all files with tests of Ray in one, so that there is one Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "ray" if of_ray(file) else file
+
+
+@cache
+def of_ray(file: str) -> bool:
+    """Whether a file of tests, by its path in the checkout, has one that starts or joins a Ray."""
+    text = (Path(__file__).parents[1] / file).read_text()
+    return "ray_address: str" in text or "ray.cluster_utils" in text
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Who runs which test where `make test` starts several processes."""
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,12 @@ from sa_engine.boxes import Boxes
 
 
 def test_boxes_are_found_by_the_name_of_their_image() -> None:
-    given = {"b.png": [[1, 2, 3, 4], [5, 6, 7, 8.5, 0.25]], "": [], "ä/b.png": [[0, 0, 9, 9, 1]]}
+    given = {
+        "b.png": [[1, 2, 3, 4], [5, 6, 7, 8.5, 0.25]],
+        "": [],
+        "ä/b.png": [[0, 0, 9, 9, 1]],
+        "\ud800": [],
+    }
     boxes = pickle.loads(pickle.dumps(Boxes(given)))
     first, second = boxes.of("b.png").tolist()
     assert first[:4] == [1, 2, 3, 4] and math.isnan(first[4])

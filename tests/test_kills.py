@@ -61,10 +61,12 @@ def kill_when(ready: Callable[[], bool], config: SmallConfig, pause_s: float = 0
 
 def ended(out: Path) -> int:
     """Images that a run has finished, in shards and out of them."""
-    # A walk, as it passes over a folder that the run takes away meanwhile.
-    files = (name for *_, names in os.walk(RunPaths(out).partial) for name in names)
-    loose = sum(name.endswith(".done") for name in files)
-    return loose + sum(stats.planned for stats in markers(out))
+    # A walk, as it passes over a folder that the run takes away meanwhile; and before the markers, as a shard's
+    # finished images lie about for a moment after its marker is there.
+    places = [(Path(at).name, names) for at, _, names in os.walk(RunPaths(out).partial)]
+    committed = {stats.name: stats.planned for stats in markers(out)}
+    loose = [name for shard, names in places if shard not in committed for name in names]
+    return sum(name.endswith(".done") for name in loose) + sum(committed.values())
 
 
 def held(out: Path) -> list[str]:
