@@ -45,7 +45,7 @@ demo-engine: $(VENV)/.installed ## Run the whole loop in miniature: blur, annota
 	@echo "The loop on one page: $(LOOP)/loop/index.html"
 
 test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some, WORKERS=0 in one process)
-	$(BIN)/python -m pytest -m "not slow and not parity_full" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not parity_full" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow" $(ARGS)

@@ -255,6 +255,7 @@ ONE = "out: o\nsteps:\n  - "
         (ONE + "a: ingest --round one", "step a: Invalid value for '--round'"),
         (ONE + "a: retrain --data d --overwrite", "--overwrite in a step: it would be given again"),
         (ONE + "a: auto --help", "asks for help only"),
+        (ONE + "a: auto -h", "asks for help only"),
         (ONE + "a: auto --images 'p", "is no command line: No closing quotation"),
         (ONE + "a: 'auto --images {photo}'", "{photo} is neither an input nor a step before"),
         (ONE + "a: 'show {b}'\n  - b: auto --images p", "{b} is no step before this one"),

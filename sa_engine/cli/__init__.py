@@ -7,6 +7,7 @@ import click
 from sa_engine import __version__
 from sa_engine.cli import models, runs, stages
 from sa_engine.cli.engine import engine
+from sa_engine.cli.flags import HELP
 from sa_engine.errors import SaEngineError
 
 _INTERRUPTED = 130
@@ -35,7 +36,7 @@ class _Group(click.Group):
             ctx.exit(_INTERRUPTED)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Group, context_settings={"help_option_names": HELP})
 @click.version_option(__version__, prog_name="sa-engine")
 def main() -> None:
     """Photos in, SA-1B-style segmentation data out."""

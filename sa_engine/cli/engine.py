@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from sa_engine.cli.flags import HELP
 from sa_engine.engine.file import EngineError, Known, read_loop
 
 _OUT = "--out"
@@ -55,7 +56,7 @@ def _look(words: list[str], out: str) -> Known:
     if option is not None and not any(word == _OUT or word.startswith(f"{_OUT}=") for word in rest):
         rest = [*rest, _OUT, out]
     try:
-        context = command.make_context(" ".join(name), list(rest))
+        context = command.make_context(" ".join(name), list(rest), help_option_names=HELP)
     except click.exceptions.Exit:
         raise EngineError("asks for help only: expected a command that does something") from None
     except click.ClickException as error:

@@ -19,6 +19,8 @@ split_flag = click.option(
     help="Images that `sa-engine split` held out, or the others.",
 )
 
+HELP = ["-h", "--help"]  # what asks every command for its help
+
 
 def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The file of options, and any option by its name."""
