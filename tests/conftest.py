@@ -8,8 +8,9 @@ from typing import Any
 
 # Before anything imports ray, as the runner does.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
-# Two processes of the tests share the cores: threads that wait must not spin, and one each is enough.
-os.environ.update(OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1")
+# Where processes of tests share the cores, one thread each is enough, and one that waits must not spin.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update(OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1")
 # For the S3 server on loopback; without the second line the client looks for Amazon's own network.
 os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY="tests")
 os.environ.update(AWS_EC2_METADATA_DISABLED="true")
