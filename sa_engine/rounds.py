@@ -12,11 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast
 
 from sa_engine import __version__
 from sa_engine.errors import SaEngineError
@@ -240,10 +239,20 @@ def read_round(path: Path) -> RoundInfo:
             f"{file}: schema_version {found}, expected {SCHEMA_VERSION}: it is of another program, "
             "or of another version of sa-engine"
         )
+    return _checked(content, file)
+
+
+def _checked(content: dict[str, Any], file: Path) -> RoundInfo:
+    """The content of `model.json` with the types that are stated. Raises RoundError."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return _build(RoundInfo, content, "")
-    except ValueError as error:
-        raise RoundError(f"{file}: damaged, {error}") from None
+        return TypeAdapter(RoundInfo).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        found = json.dumps(first["input"])[:40]
+        raise RoundError(f"{file}: damaged, {where}: {first['msg']}; found {found}") from None
 
 
 def read_detector(path: Path) -> RoundInfo:
@@ -313,42 +322,3 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     number = value.item() if hasattr(value, "item") else value  # of NumPy or torch
     return None if isinstance(number, float) and not math.isfinite(number) else number
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """A value of JSON as the type that a dataclass's field has; `where` is its place. Raises ValueError."""
-    if get_origin(kind) in (Union, types.UnionType):
-        if value is None:
-            return None
-        kind = next(one for one in get_args(kind) if one is not types.NoneType)
-    if get_origin(kind) is tuple:
-        items = _expect(list, value, where)
-        return tuple(_build(get_args(kind)[0], one, f"{where}[{i}]") for i, one in enumerate(items))
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        fields, given = get_type_hints(kind), _expect(dict, value, where)
-        optional = {one.name for one in dataclasses.fields(kind) if one.default is None}
-        if unlike := sorted((fields.keys() ^ given.keys()) - (optional - given.keys())):
-            word = "without" if unlike[0] in fields else "with an unknown"
-            raise ValueError(f"{where or 'the whole'} is {word} {unlike[0]!r}")
-        prefix = f"{where}." if where else ""
-        return kind(**{name: _build(fields[name], given[name], prefix + name) for name in given})
-    if kind is float and type(value) is int:
-        return float(value)
-    return _expect(get_origin(kind) or kind, value, where)
-
-
-_WORDS: dict[type, str] = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-}
-
-
-def _expect(kind: type, value: Any, where: str) -> Any:
-    if type(value) is not kind:
-        found = json.dumps(value)[:40]
-        raise ValueError(f"{where or 'the whole'} is {found}: expected {_WORDS[kind]}")
-    return value

@@ -127,12 +127,11 @@ def test_a_folder_that_is_no_round_is_told(round_01: Path) -> None:
         (b"[]", "schema_version none, expected 1"),
         (b'{"model_type": "sam"}', "schema_version none, expected 1: it is of another program"),
         ({"schema_version": 2}, "schema_version 2, expected 1"),
-        ({"parent": "vit_t"}, "parent is \"vit_t\": expected an object"),
-        ({"iterations": "many"}, "iterations is \"many\": expected a whole number"),
-        ({"seconds": None}, "seconds is null: expected a number"),
-        ({"data": [{"run": "a"}]}, "data[0] is without 'fingerprint'"),
-        ({"future": 1}, "the whole is with an unknown 'future'"),
-        ({"gate": {}}, "gate is without 'after'"),
+        ({"parent": "vit_t"}, "parent: Input should be an object; found \"vit_t\""),
+        ({"iterations": "many"}, "iterations: Input should be a valid integer; found \"many\""),
+        ({"seconds": None}, "seconds: Input should be a valid number; found null"),
+        ({"data": [{"run": "a"}]}, "data.0.name: Field required"),
+        ({"gate": {}}, "gate.promoted: Field required; found {}"),
     ],
 )  # fmt: skip
 def test_damaged_descriptions_are_told(
