@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sa_engine import __version__
+from sa_engine.clearing import check_empty
 from sa_engine.listing import list_images, size_and_mtime_ns
 from sa_engine.option_groups import RunConfig
 from sa_engine.options import identity_values, to_dict
@@ -30,18 +30,13 @@ from sa_engine.storage import (
     RunError,
     RunPaths,
     atomic_write,
-    list_names,
     location,
-    sweep,
     work_beside,
 )
-from sa_engine.tree import check_apart, clear_tree, strangers
+from sa_engine.tree import check_apart
 
 # Options whose default depends on the inputs or the machine: decided once, then kept.
 _DECIDED_ONCE = ("shard_size", "threads_per_worker")
-# What a run that is being planned, or was killed then, has already put into its own folder.
-_BEFORE_A_RUN = ("lock", "heartbeat.json", "plan.parquet", "shards", "partial", "errors", "audit")
-_OURS = re.compile(r"sa_\d{6,}\.(json|tar|parquet)|_run|holdout\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +140,7 @@ def open_run(paths: RunPaths, stage: str, config: RunConfig) -> PlannedRun | Non
     Raises RunError if it holds something else, or a run of other options or images.
     """
     if not paths.info.exists():
-        _check_empty(paths)
+        check_empty(paths)
         return None
     info = read_info(paths)
     given = {
@@ -202,7 +197,7 @@ def start_run(
 
     Raises RunError if there is something in the output by now.
     """
-    _check_empty(paths)
+    check_empty(paths)
     decided = {"shard_size": planned.shard_size, "threads_per_worker": resources.threads}
     identity = {**identity_values(config), **decided}
     canonical = json.dumps([stage, identity, dict(model)], sort_keys=True)
@@ -257,38 +252,6 @@ def refresh_failed(
     return replace(planned, plan=Plan(content), content=None)
 
 
-def clear_run(paths: RunPaths) -> None:
-    """Remove a run with all it has made, `run.json` and then the plan last: a kill leaves a run to
-    remove, or a folder without one."""
-    ours = [name for name in list_names(paths.shards) if _OURS.fullmatch(name) and name != "_run"]
-    for name in sorted(ours, key=lambda name: (not name.endswith(".json"), name)):
-        (paths.shards / name).unlink(missing_ok=True)
-    if (
-        paths.work is not None and paths.plan.exists()
-    ):  # after the markers, which say that it is done
-        clear_tree(paths, read_plan(paths.plan).keys())
-    for folder in (paths.partial, paths.run / "errors", paths.run / "audit"):
-        sweep(folder)
-    for file in (paths.info, paths.plan):
-        file.unlink(missing_ok=True)
-
-
-def check_clearable(paths: RunPaths) -> None:
-    """Raise RunError if `paths.out` holds anything but a run."""
-    if not paths.info.exists():
-        _check_empty(paths)
-        return
-    if paths.work is None:
-        others = [name for name in list_names(paths.out) if not _OURS.fullmatch(name)]
-    else:
-        others = strangers(paths, read_plan(paths.plan).keys(), live=True)
-    if others:
-        raise RunError(
-            f"output {paths.out} holds {sorted(others)[0]} beside its run: --overwrite removes "
-            "runs only; move it away, or use another --out"
-        )
-
-
 def check_same(paths: RunPaths, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise RunError that names every key whose value differs from the run's, and both values."""
     different = [
@@ -324,25 +287,4 @@ def _check_not_gone(paths: RunPaths, plan: Plan) -> None:
         raise RunError(
             f"output {paths.out} is gone, with the {released} images that the run in {paths.work} "
             "has released: put it back, or start over with --overwrite"
-        )
-
-
-def _check_empty(paths: RunPaths) -> None:
-    for flag, folder in (("--out", paths.out), ("--work", paths.work)):
-        if isinstance(folder, Path) and folder.exists() and not folder.is_dir():
-            raise RunError(f"output {folder} is a file: {flag} takes a new or empty folder")
-    own = () if paths.work is not None else ("_run",)
-    others = sorted(name for name in list_names(paths.out) if name not in own)
-    if others:
-        raise RunError(
-            f"output {paths.out} holds {others[0]} ({len(others)} entries in all) but no run: "
-            "--out takes a new or empty folder, or that of a run to go on with"
-        )
-    others = [] if paths.work is None else sorted(list_names(paths.work))
-    others = [name for name in others if name not in _BEFORE_A_RUN]
-    if paths.work is not None and paths.scratch.name in others and not list_names(paths.scratch):
-        others.remove(paths.scratch.name)
-    if others:
-        raise RunError(
-            f"--work {paths.work} holds {others[0]} but no run: it takes a new or empty folder"
         )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sa_engine import ray_pool, run_dir
+from sa_engine.clearing import check_clearable, clear_run
 from sa_engine.lock import RunLock
 from sa_engine.option_groups import RunConfig
 from sa_engine.partial import PartialShard, list_begun
@@ -216,7 +217,7 @@ def _begin(
 ) -> PlannedRun:
     """Make a plan binding, now that nothing stands in its way any more."""
     if start.overwrite:
-        run_dir.clear_run(paths)
+        clear_run(paths)
     if planned.info is None:
         run_dir.start_run(paths, stage.name, config, planned, resources, model)
         return planned
@@ -283,7 +284,7 @@ def _describe_machine(stage: Stage, config: RunConfig, threads: int | None) -> R
 def _plan(paths: RunPaths, stage: Stage, config: RunConfig, start: Start) -> PlannedRun:
     """The plan of the run that is there, extended if asked for, or of a new one; writes nothing."""
     if start.overwrite:
-        run_dir.check_clearable(paths)
+        check_clearable(paths)
         return plan_run(paths, config)
     planned = open_run(paths, stage.name, config)
     if planned is None:
