@@ -173,11 +173,12 @@ def model_facts(sam: Sam) -> dict[str, Any]:
     }
 
 
-def write_model(out: Path, model: Module, info: RoundInfo) -> None:
+def write_model(out: Path, model: Module, info: RoundInfo, scratch: Path | None = None) -> None:
     """Write a round: `model.safetensors`, then `model.json`, each whole or not at all.
 
     Args:
         out: its folder; it is made if it is missing, and a round that is there is replaced.
+        scratch: folder for temporary files, on the same file system; default: `out`.
         model: a SAM or a detector.
         info: what to say of it.
 
@@ -196,16 +197,20 @@ def write_model(out: Path, model: Module, info: RoundInfo) -> None:
         raise ValueError(f"info is of another model than {facts}")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     content = json.dumps(_plain(dataclasses.asdict(info)), indent=1, allow_nan=False) + "\n"
-    temporary = out / f".{uuid.uuid4().hex}.tmp"
+    temporary = (scratch or out) / f".{uuid.uuid4().hex}.tmp"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(tensors, temporary, {"fingerprint": info.fingerprint})
+            temporary.chmod(mode)  # safetensors makes files that their owner alone can read
             (out / INFO).unlink(missing_ok=True)  # it would be of other weights for a moment
             place(temporary, out / WEIGHTS)
         finally:
             temporary.unlink(missing_ok=True)
-        atomic_write(out / INFO, content.encode())
+        atomic_write(out / INFO, content.encode(), scratch=scratch)
     except (OSError, SafetensorError) as error:
         detail = getattr(error, "strerror", None) or error
         size = sum(tensor.nbytes for tensor in tensors.values())

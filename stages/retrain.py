@@ -5,13 +5,10 @@ paper; focal and dice loss of the best of three masks, and the error of the pred
 ``sa_engine/training/`` does that; this stage plans a round, runs the workers, and judges what they made.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_device
 from sa_engine.modeling.weights import resolve
-from sa_engine.options import to_dict
 from sa_engine.rounds import MIOU, RoundInfo, Verdict, model_facts, write_model
 from sa_engine.storage import atomic_write
 from sa_engine.training import gate, round
@@ -86,14 +83,16 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
         **model_facts(sam),
         parent=parent,
         data=round.trained_on(planned.data),
-        config=to_dict(config),
+        config=round.stated(planned),
         iterations=state.iteration,
         seconds=state.seconds,
         metrics=metrics,
         gate=_judge(planned, sam) if planned.gate else None,
     )
-    atomic_write(planned.paths.out / round.CURVES, plot_curves(read_metrics(planned.paths)))
-    write_model(Path(config.out), sam, info)
+    paths = planned.paths
+    curves = plot_curves(read_metrics(paths))
+    atomic_write(paths.out / round.CURVES, curves, scratch=paths.scratch)
+    write_model(planned.out, sam, info, paths.scratch)
     return info
 
 

@@ -20,7 +20,6 @@ from sa_engine.modeling.sam import (
     select_device,
 )
 from sa_engine.modeling.weights import resolve
-from sa_engine.options import to_dict
 from sa_engine.rounds import FRESH, RECALL, Parent, RoundInfo, Verdict, weights_of, write_model
 from sa_engine.storage import RunError, atomic_write, sha256_file
 from sa_engine.training import round
@@ -96,7 +95,7 @@ def _first_detector(config: DetectorConfig, sam: Sam | None) -> BoxDetector:
     """The detector that training starts from, the same in every process."""
     if config.init is None:
         return fresh_detector(config)
-    model, info = load_detector(Path(config.init), sam)
+    model, info = load_detector(Path(config.init).expanduser(), sam)
     facts = info.detector
     assert facts is not None
     for name in ("backbone", "image_size", "objectness"):
@@ -118,7 +117,7 @@ def _parent(config: DetectorConfig, sam: Sam | None) -> Parent:
     """What the detector starts from."""
     facts = {"name": FRESH, "fingerprint": "", "sha256": ""}
     if config.init is not None:
-        folder = Path(config.init)
+        folder = Path(config.init).expanduser()
         _, info = load_detector(folder, sam)
         sha256 = sha256_file(weights_of(folder, detector=True))
         facts = {"name": config.init, "fingerprint": info.fingerprint, "sha256": sha256}
@@ -144,7 +143,7 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
         **detector_facts(model, config, sam),
         parent=planned.parent,
         data=round.trained_on(planned.data),
-        config=to_dict(config),
+        config=round.stated(planned),
         iterations=state.iteration,
         seconds=state.seconds,
         metrics=round.validation_metrics(config, state, _named),
@@ -152,8 +151,8 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
     )
     names = {"total": "all", **LOSSES}
     curves = plot_curves(read_metrics(paths), names, {}, "validation: AR@100 of boxes")
-    atomic_write(paths.out / round.CURVES, curves)
-    write_model(Path(config.out), model, info)
+    atomic_write(paths.out / round.CURVES, curves, scratch=paths.scratch)
+    write_model(planned.out, model, info, paths.scratch)
     return info
 
 

@@ -1,10 +1,13 @@
 """`sa-engine retrain` as a user runs it: real weights, real photos, masks drawn with SAM's help."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from training import make_run, quarters
 
+from sa_engine.cache import cache_dir
 from sa_engine.cli import main
 from sa_engine.lineage import lineage
 from sa_engine.modeling.sam import load_sam, model_fingerprint
 from sa_engine.modeling.weights import resolve
 from sa_engine.rounds import read_round
+from sa_engine.storage import RunPaths
+from sa_engine.training.report import RoundReport
+from sa_engine.training.worker import read_metrics
 
 CONFIG = """\
 iterations: 3
@@ -108,6 +115,148 @@ def test_a_finished_round_is_left_alone(
     other = invoke(*arguments(shards, folder, "--out", str(out), "--lr", "0.5"))
     assert other.exit_code == 2 and "lr was 0.0001 and is now 0.5" in other.output
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture
+def copied(done: tuple[Path, Result], tmp_path: Path) -> Path:
+    """The finished round, in another folder."""
+    return shutil.copytree(done[0], tmp_path / "copied")
+
+
+def test_a_finished_round_is_of_its_own_data_and_weights(
+    copied: Path, shards: Path, folder: Path, tmp_path: Path
+) -> None:
+    """However these are written."""
+    (tmp_path / "link").symlink_to(shards)
+    weights = str(resolve("vit_t"))
+    same = invoke(*arguments(tmp_path / "link", folder, f"--out={copied}", f"--init={weights}"))
+    assert same.exit_code == 0, same.output
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(
+        photos / "a.png"
+    )
+    other = make_run(photos, tmp_path / "other", quarters)
+    both = invoke(*arguments(shards, folder, f"--out={copied}", f"--data={other}"))
+    assert both.exit_code == 2
+    assert (
+        f"{copied} is of other data: {shards} (" in both.output
+        and f", {other} (1 images, " in both.output
+    )
+    init = invoke(
+        *arguments(shards, folder, f"--out={copied}", f"--init={copied.parent / 'nowhere'}")
+    )
+    assert init.exit_code == 2 and "nowhere" in init.output
+    gate = invoke(*arguments(shards, folder, f"--out={copied}", f"--gate={other}"))
+    assert gate.exit_code == 2 and f"was not judged on gate {other}" in gate.output
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_round_is_not_written_over_what_it_comes_from(
+    copied: Path, shards: Path, folder: Path, overwrite: list[str]
+) -> None:
+    before = (copied / "model.safetensors").read_bytes()
+    result = invoke(*arguments(shards, folder, f"--out={copied}", f"--init={copied}", *overwrite))
+    assert result.exit_code == 2 and f"init {copied} lies in out = {copied}" in result.output
+    assert (copied / "model.safetensors").read_bytes() == before
+
+
+def test_a_round_without_its_run_file_is_not_taken_for_ones_own(
+    copied: Path, shards: Path, folder: Path
+) -> None:
+    shutil.rmtree(copied / "_run")
+    result = invoke(*arguments(shards, folder, f"--out={copied}"))
+    assert result.exit_code == 2 and "run.json" in result.output
+
+
+def test_what_a_kill_left_behind_a_finished_round_is_removed(
+    copied: Path, shards: Path, folder: Path
+) -> None:
+    (copied / "_run" / "state.pt").write_bytes(b"state")
+    for name in ("embeddings", "tmp"):
+        (copied / "_run" / name).mkdir()
+        (copied / "_run" / name / "file").touch()
+    assert invoke(*arguments(shards, folder, f"--out={copied}")).exit_code == 0
+    assert sorted(path.name for path in (copied / "_run").iterdir()) == ["run.json", "tensorboard"]
+
+
+def test_a_home_folder_is_found_and_killed_while_it_is_written_a_round_goes_on(
+    shards: Path, folder: Path, tmp_path: Path
+) -> None:
+    options = ["--iterations=1", "--set=validation=0", "--out=~/round"]
+    code = "import os, sa_engine.rounds as rounds; from sa_engine.cli import main; {}main()"
+    killed, whole = (
+        subprocess.run(
+            [sys.executable, "-c", code.format(kill), *arguments(shards, folder, *options)],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path / "home"), "SA_ENGINE_CACHE": str(cache_dir())},
+        ).returncode
+        for kill in ("rounds.place = lambda *_: os._exit(9); ", "")
+    )
+    assert (killed, whole) == (9, 0)
+    out = tmp_path / "home" / "round"
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    names = {path.name for path in out.iterdir()}
+    assert names == {"_run", "curves.png", "metrics.jsonl", "model.json", "model.safetensors"}
+    assert {path.name for path in (out / "_run").iterdir()} == {"run.json", "tensorboard"}
+    modes = {(out / name).stat().st_mode for name in ("model.json", "model.safetensors")}
+    assert len(modes) == 1, "readable by the same people"
+
+
+def test_a_signal_while_the_round_is_judged_and_written_is_obeyed(
+    shards: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = arguments(shards, folder, f"--out={tmp_path}", "--iterations=1", "--set=validation=0")
+    with monkeypatch.context() as busy:
+        busy.setattr(
+            "stages.retrain.plot_curves", lambda lines: signal.raise_signal(signal.SIGTERM)
+        )
+        stopped = invoke(*options)
+    assert stopped.exit_code == 143 and "all 1 iterations are done" in stopped.output
+    assert not (tmp_path / "_run" / "lock").exists() and not (tmp_path / "model.json").exists()
+    assert invoke(*options).exit_code == 0 and read_round(tmp_path).iterations == 1
+
+
+def test_it_is_told_which_weights_were_kept(done: tuple[Path, Result]) -> None:
+    out, result = done
+    assert "weights of" not in result.output
+    info = read_round(out)
+    told = {
+        kept: str(
+            RoundReport(
+                RunPaths(out), replace(info, metrics={**info.metrics, "kept_iteration": kept})
+            )
+        )
+        for kept in (0, 2)
+    }
+    assert "weights of iteration 0: on the validation images none was better" in told[0]
+    assert "weights of iteration 2, the best on the validation images" in told[2]
+
+
+def test_a_cut_off_line_of_metrics_is_left_out(copied: Path) -> None:
+    whole = read_metrics(RunPaths(copied))
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "lo')
+    assert read_metrics(RunPaths(copied)) == whole != []
+
+
+def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path: Path) -> None:
+    code = f"""if True:
+        import resource, torch
+        from pathlib import Path
+        from sa_engine.storage import RunPaths, told_if_output_fails
+        from sa_engine.training.state import TrainingState, load_state, save_state
+        paths = RunPaths(Path({str(tmp_path)!r}))
+        save_state(paths, TrainingState(1, {{}}, {{}}))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        try:
+            with told_if_output_fails(paths):
+                save_state(paths, TrainingState(2, {{"a": torch.zeros(1_000_000), "b": torch.zeros(9)}}, {{}}))
+        finally:
+            print(load_state(paths).iteration, *paths.scratch.iterdir())
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout == "1\n" and "OutputError: cannot read or write the output" in ended.stderr
 
 
 def test_the_next_round_has_the_first_as_its_parent(

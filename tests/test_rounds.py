@@ -182,7 +182,7 @@ def test_a_round_appears_whole_or_not_at_all(
     with pytest.raises(RoundError, match="cannot write the round .*name a folder that can be"):
         write_model(file, sam, info)
     with monkeypatch.context() as killed:  # between the two files
-        killed.setattr("sa_engine.rounds.atomic_write", lambda *_: 1 / 0)
+        killed.setattr("sa_engine.rounds.atomic_write", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_model(round_01, sam, info)
     assert sorted(p.name for p in round_01.iterdir()) == ["in the way", "model.safetensors"]

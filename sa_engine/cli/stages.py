@@ -223,15 +223,11 @@ def _train(
         flags.pop(key) for key in ("overwrite", "steal_lock", "dry_run")
     )
     config = load_config(cls, file, sets, flags)
-    from sa_engine.training.report import finished
-
-    report = None if overwrite else finished(config)
-    if report is None:
-        stage = importlib.import_module(f"stages.{name}")
-        planned = stage.plan(config, overwrite)
+    stage = importlib.import_module(f"stages.{name}")
+    planned = stage.plan(config, overwrite)
+    if dry_run or planned.finished is None:
         click.echo(planned, err=not dry_run)
-        if dry_run:
-            click.echo(f"\n{to_yaml(config)}", nl=False)
-            return
-        report = stage.run(planned, overwrite, steal_lock)
-    click.echo(report)
+    if dry_run:
+        click.echo(f"\n{to_yaml(config)}", nl=False)
+        return
+    click.echo(stage.run(planned, overwrite, steal_lock))

@@ -16,12 +16,8 @@ class DetectorOptions(RoundConfig):
     backbone: Literal["sam", "resnet50", "mobilenet"] = option(
         SAM_BACKBONE, identity=True, help="What it sees: SAM's frozen embedding, or the pixels."
     )
-    checkpoint: str = option(
-        "vit_t", identity=True, help="Model whose embedding it sees: name, file or round."
-    )
-    init: str | None = option(
-        None, identity=True, help="Detector to start from; default: fresh weights."
-    )
+    checkpoint: str = option("vit_t", help="Model whose embedding it sees: name, file or round.")
+    init: str | None = option(None, help="Detector to start from; default: fresh weights.")
     backbone_weights: str | None = option(
         None, identity=True, help="Of a backbone on pixels, by torchvision's names, as DEFAULT."
     )

@@ -14,12 +14,12 @@ LOSS_SIZES = (256, 512, 1024)
 class ModelOptions(Config):
     """What is trained, and from where."""
 
-    init: str = option("vit_t", identity=True, help="Model to start from: name, file or round.")
+    init: str = option("vit_t", help="Model to start from: name, file or round.")
     architecture: str | None = option(
         None, identity=True, help="Image encoder; default: that of init. Another one is swapped in."
     )
     encoder_init: str | None = option(
-        None, identity=True, help="SAM or MAE checkpoint for an encoder that is swapped in."
+        None, help="SAM or MAE checkpoint for an encoder that is swapped in."
     )
     decoder_depth: int | None = option(
         None, bounds=(1, 8), identity=True, help="Mask decoder layers; default: those of init."

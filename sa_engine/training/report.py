@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_engine.options import ConfigError, identity_values
-from sa_engine.rounds import INFO, Parent, RoundInfo, read_round
-from sa_engine.run_dir import check_same, read_info
+from sa_engine.options import ConfigError
+from sa_engine.rounds import Parent, RoundInfo
 from sa_engine.storage import RunPaths, location
 from sa_engine.training.config import RoundConfig
 
@@ -34,6 +33,7 @@ class Plan:
         memory: of a worker; None: not known.
         shortage: what to do if that is too much; None if it is not.
         done: iterations that are done already.
+        finished: the round, if it is there already.
     """
 
     stage: str
@@ -47,6 +47,13 @@ class Plan:
     memory: MemoryEstimate | None = None
     shortage: str | None = None
     done: int = 0
+    finished: RoundInfo | None = None
+
+    @property
+    def out(self) -> Path:
+        """The round's folder."""
+        assert isinstance(self.paths.out, Path), "see `round_paths`"
+        return self.paths.out
 
     def __str__(self) -> str:
         """One line for each thing that a person wants to check before the start."""
@@ -87,6 +94,14 @@ class RoundReport:
         info = self.info
         lines = [f"round: {self.paths.out} ({info.architecture}, {info.fingerprint[:12]})"]
         lines.append(f"{info.iterations} iterations, {info.seconds / 60:.1f} minutes of training")
+        kept = info.metrics.get("kept_iteration", info.iterations)
+        if kept == 0:
+            lines.append(
+                "weights of iteration 0: on the validation images none was better than what it started from; "
+                "try a lower lr, more iterations or other data"
+            )
+        elif kept != info.iterations:
+            lines.append(f"weights of iteration {kept}, the best on the validation images")
         before, after = info.metrics.get("before", {}), info.metrics.get("after", {})
         lines += [
             f"validation {name}: {before[name]:.3f} -> {after[name]:.3f} ({after[name] - before[name]:+.3f})"
@@ -99,20 +114,22 @@ class RoundReport:
 
 
 def round_paths(config: RoundConfig) -> RunPaths:
-    """Where a round's files are. Raises ConfigError for what is no folder on a file system."""
+    """Where a round's files are.
+
+    Raises ConfigError for what is no folder on a file system, or one that holds what the round is made from.
+    """
     out = location(config.out)
     if not isinstance(out, Path):
         raise ConfigError(
             f"out = {config.out}: expected a folder on a file system that all workers share"
         )
+    for name in ("data", "gate", "init", "encoder_init", "checkpoint"):
+        given = getattr(config, name, None) or ()
+        for text in (given,) if isinstance(given, str) else given:
+            place = location(text)
+            if isinstance(place, Path) and place.exists() and place.is_relative_to(out):
+                raise ConfigError(
+                    f"{name} {text} lies in out = {config.out}, which the round will own: name another folder "
+                    "for the round"
+                )
     return RunPaths(out)
-
-
-def finished(config: RoundConfig) -> RoundReport | None:
-    """The round that a config describes, if it is there already. Raises RunError if another is."""
-    paths = round_paths(config)
-    if not (paths.out / INFO).exists():
-        return None
-    before = read_info(paths).identity
-    check_same(paths, before, identity_values(config))
-    return RoundReport(paths, read_round(Path(config.out)))

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -12,12 +13,13 @@ from sa_engine.holdout import read_holdout
 from sa_engine.lock import RunLock
 from sa_engine.modeling.sam import select_device
 from sa_engine.options import ConfigError, identity_values, to_dict
-from sa_engine.progress import Interrupted, StopSignal, this_command
+from sa_engine.progress import Interrupted, StopSignal, stop_on_signals, this_command
 from sa_engine.resources import cores
-from sa_engine.rounds import INFO, WEIGHTS, RoundInfo
+from sa_engine.rounds import INFO, WEIGHTS, RoundInfo, read_round
 from sa_engine.rounds import TrainingData as TrainedOn
 from sa_engine.run_dir import RunInfo, check_same, read_info
 from sa_engine.storage import (
+    AnyPath,
     RunError,
     RunPaths,
     list_names,
@@ -34,6 +36,7 @@ from sa_engine.training.worker import METRICS, Job, work
 
 CURVES = "curves.png"
 _OURS = (WEIGHTS, INFO, METRICS, CURVES, "_run")
+_DATA, _INIT = "data_fingerprint", "init_fingerprint"
 
 
 def open_round(config: RoundConfig) -> tuple[RunPaths, TrainingData]:
@@ -64,12 +67,36 @@ def open_round(config: RoundConfig) -> tuple[RunPaths, TrainingData]:
 
 
 def resumed(planned: Plan, overwrite: bool) -> Plan:
-    """The plan, with the iterations that are done. Raises RunError if another round is there."""
-    if overwrite or not planned.paths.info.exists():
+    """The plan, with what is done already. Raises RunError if another round is there."""
+    paths = planned.paths
+    there = (paths.out / INFO).exists()
+    if overwrite or not (there or paths.info.exists()):
         return planned
-    check_same(planned.paths, read_info(planned.paths).identity, _identity(planned))
-    state = load_state(planned.paths)
+    before, now = read_info(paths), _identity(planned)
+    was = {"stage": before.stage, **before.identity}
+    check_same(paths, was, {"stage": planned.stage, **identity_values(planned.config)})
+    for what, key in (("data", _DATA), ("weights to start from", _INIT)):
+        if was.get(key) != now[key]:
+            raise RunError(
+                f"{paths.out} is of other {what}: {before.model.get(key, was.get(key))}; and now "
+                f"{_told(planned)[key]}; put back what there was, use another --out, or start over with --overwrite"
+            )
+    if there:
+        info = read_round(planned.out)
+        _check_judged(planned, info)
+        return replace(planned, done=info.iterations, finished=info)
+    state = load_state(paths)
     return planned if state is None else replace(planned, done=state.iteration)
+
+
+def _check_judged(planned: Plan, info: RoundInfo) -> None:
+    """Raise RunError if a finished round was not judged on what the gate names now."""
+    judged = {str(location(one)) for one in info.config.get("gate", ())}
+    if late := [one for one in planned.config.gate if str(location(one)) not in judged]:
+        raise RunError(
+            f"{planned.paths.out} is finished, and was not judged on gate {late[0]}: train it again with "
+            "--overwrite, or compare it with the model that it came from by `sa-engine evaluate`"
+        )
 
 
 def train_round(
@@ -93,12 +120,18 @@ def train_round(
         SaEngineError: another process trains it, or its output cannot be written.
     """
     config, paths = planned.config, planned.paths
+    if planned.finished and not any(place.exists() for place in _leftovers(paths)):
+        return RoundReport(paths, planned.finished)
     with (
         told_if_output_fails(paths),
         RunLock(paths, uuid.uuid4().hex, steal_lock),
     ):
+        sweep(paths.scratch)
         if overwrite:
             _clear(paths)
+        elif (paths.out / INFO).exists():  # another process may have finished it since the plan
+            _remove_leftovers(paths)
+            return RoundReport(paths, read_round(planned.out))
         if not paths.info.exists():
             _start(planned)
         try:
@@ -115,12 +148,30 @@ def train_round(
                 f"{this_command()}",
                 signum,
             )
-        torch.set_num_threads(cores())
-        info = finish(state)
-        for leftover in (paths.scratch, paths.run / "embeddings"):
-            sweep(leftover)
-        state_path(paths).unlink(missing_ok=True)
+        torch.set_num_threads(config.threads_per_worker or cores())
+        try:
+            with stop_on_signals():
+                info = finish(state)
+        except StopSignal as stop:
+            raise Interrupted(
+                f"all {state.iteration} iterations are done, and the round is not written yet; go on with: "
+                f"{this_command()}",
+                stop.signum,
+            ) from None
+        _remove_leftovers(paths)
     return RoundReport(paths, info)
+
+
+def _leftovers(paths: RunPaths) -> tuple[AnyPath, ...]:
+    """What a training needs and a finished round does not."""
+    return paths.scratch, paths.run / "embeddings", state_path(paths)
+
+
+def _remove_leftovers(paths: RunPaths) -> None:
+    *folders, state = _leftovers(paths)
+    for folder in folders:
+        sweep(folder)
+    state.unlink(missing_ok=True)
 
 
 def _train(config: RoundConfig, job: Job) -> int:
@@ -150,9 +201,27 @@ def _identity(planned: Plan) -> dict[str, object]:
     """What decides a round's weights."""
     return {
         **identity_values(planned.config),
-        "data_fingerprint": planned.data.fingerprint,
-        "init_fingerprint": planned.fingerprint,
+        _DATA: planned.data.fingerprint,
+        _INIT: planned.fingerprint,
     }
+
+
+def _told(planned: Plan) -> dict[str, str]:
+    """The fingerprints of `_identity` as a person knows what they are of."""
+    runs = (
+        f"{one.out} ({one.images} images, {one.masks} masks, {one.fingerprint[:8]})"
+        for one in planned.data.runs
+    )
+    return {_DATA: ", ".join(runs), _INIT: f"{planned.parent.name} ({planned.fingerprint[:12]})"}
+
+
+def stated(planned: Plan) -> dict[str, Any]:
+    """All options of a round, for its files; where its runs are is told so that it holds from any folder."""
+    config = planned.config
+    places = {
+        name: [str(location(one)) for one in getattr(config, name)] for name in ("data", "gate")
+    }
+    return {**to_dict(config), **places, "out": str(planned.paths.out)}
 
 
 def _start(planned: Plan) -> None:
@@ -160,14 +229,13 @@ def _start(planned: Plan) -> None:
     from sa_engine import __version__
     from sa_engine.options import fingerprint
 
-    config = planned.config
     RunInfo(
         version=__version__,
         stage=planned.stage,
-        config={**to_dict(config), "out": str(planned.paths.out)},
+        config=stated(planned),
         identity=_identity(planned),
-        model={"init_fingerprint": planned.fingerprint},
-        fingerprint=fingerprint(config),
+        model=_told(planned),
+        fingerprint=fingerprint(planned.config),
         ignored={},
     ).write(planned.paths)
 

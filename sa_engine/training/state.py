@@ -47,8 +47,15 @@ def save_state(paths: RunPaths, state: TrainingState) -> None:
     paths.scratch.mkdir(parents=True, exist_ok=True)
     temporary = paths.scratch / f".{uuid.uuid4().hex}.tmp"
     try:
-        torch.save(vars(state), temporary)
+        with temporary.open("wb") as file:
+            torch.save(vars(state), file)
         place(temporary, state_path(paths))
+    except RuntimeError as error:
+        if isinstance(
+            error.__context__, OSError
+        ):  # a full disk; torch stumbles over what is missing then
+            raise error.__context__ from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,11 +173,18 @@ def words(line: dict[str, Any], names: Mapping[str, str], measured: str) -> str:
 
 
 def read_metrics(paths: RunPaths) -> list[dict[str, Any]]:
-    """All lines of a round's `metrics.jsonl`; none if there is no such file."""
+    """All whole lines of a round's `metrics.jsonl`; none if there is no such file."""
     try:
-        return [json.loads(line) for line in (paths.out / METRICS).read_bytes().splitlines()]
+        lines = (paths.out / METRICS).read_bytes().splitlines()
     except FileNotFoundError:
         return []
+    found = []
+    for line in lines:
+        with suppress(
+            ValueError
+        ):  # cut off by a power cut: metrics are not worth waiting for the disk
+            found.append(json.loads(line))
+    return found
 
 
 def _board(paths: RunPaths) -> Any:
