@@ -221,6 +221,54 @@ def test_a_killed_engine_is_not_running(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "another process runs a loop" in result.stderr
 
 
+HANDED_OUT = """
+out: {out}
+inputs:
+  photos: {photos}
+  drawn: {drawn}
+steps:
+  - round0: ingest --images {{photos}} --annotations {{drawn}} --round 0 --local
+  - handout: export {{round0}} --format labelme --names released --with-images
+  - to-correct: audit {{round0}} --sample 2 --format labelme
+  - returned:
+      wait: returned
+      tell: Correct the masks in {{handout}}, and copy it to this place.
+  - round1: ingest --images {{returned}} --annotations {{returned}} --prefill {{round0}} --local
+"""
+
+
+def test_people_may_work_in_a_hand_out(photo_folder: Path, tmp_path: Path) -> None:
+    drawn = boxes_drawn(photo_folder, tmp_path / "drawn.json")
+    out, file = tmp_path / "out", tmp_path / "loop.yaml"
+    file.write_text(HANDED_OUT.format(out=out, photos=photo_folder, drawn=drawn))
+    assert engine("run", file).exit_code == 0
+    begun, said = logs(out), [step["report"] for step in state(out)["steps"]]
+    corrected = out / "handout" / "sa_1.json"
+    for folder in ("handout", "to-correct"):
+        (out / folder / ".DS_Store").write_bytes(b"of a Mac")
+        (out / folder / "returned.json").write_text("{}")
+    (out / "handout" / "returned.json").unlink()
+    corrected.write_text(json.dumps({**json.loads(corrected.read_text()), "shapes": []}, indent=1))
+    shutil.copytree(out / "handout", out / "returned")
+    # As kill -9 leaves it: the folders are whole, and the engine has not heard of it.
+    content = state(out)
+    content["state"] = content["steps"][2]["status"] = "running"
+    (out / "engine.json").write_text(json.dumps(content))
+    result = engine("run", file)
+    assert result.exit_code == 0, result.output
+    assert set(statuses(out).values()) == {"done"}
+    assert logs(out) == {**begun, "to-correct": 2, "round1": 1}
+    assert "complete, and left as it is" in result.stdout
+    assert (out / "to-correct" / "returned.json").exists()
+    assert [step["report"] for step in state(out)["steps"]][:2] == said[:2]
+    edits = [len(record.masks) for record in iter_records(out / "round1")]
+    assert sorted(edits) == [0, 1, 1, 1]
+    # Other masks are another export, which must not replace what people have in hand.
+    file.write_text(file.read_text().replace("--format labelme --names", "--format cvat --names"))
+    result = engine("run", file)
+    assert result.exit_code == 2 and 'format was "labelme", now "cvat"' in result.stderr
+
+
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(loop: Path, tmp_path: Path) -> None:
     result = engine("run", loop, "--dry-run")
     assert result.exit_code == 0, result.output

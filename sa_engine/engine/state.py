@@ -9,6 +9,7 @@ from typing import Any
 
 from sa_engine import __version__
 from sa_engine.engine.file import EngineError, Loop, Step
+from sa_engine.export_folder import MARKER
 from sa_engine.progress import duration
 from sa_engine.storage import AnyPath, atomic_write, find_run, list_names, location
 
@@ -158,14 +159,18 @@ def stamp(place: str | None) -> str:
     """A text that changes with what is in a place, "" if nothing is there; cheap, also for thousands of shards.
 
     Of a folder it is over the names and sizes at its top, and over the content of small JSON files, among which are
-    the markers of shards and of rounds; a copy of a folder has the same. In an object store it is over the names.
+    the markers of shards and of rounds; a copy of a folder has the same. Of an export it is over the marker alone, as
+    people may work in the folder. In an object store it is over the names.
     """
     if place is None:
         return ""
     where = location(place)
-    if isinstance(where, Path) and where.is_file():
-        about = where.stat()
-        return f"{about.st_size} {about.st_mtime_ns}"
+    if isinstance(where, Path):
+        if where.is_file():
+            about = where.stat()
+            return f"{about.st_size} {about.st_mtime_ns}"
+        if (where / MARKER).is_file():
+            return hashlib.sha256((where / MARKER).read_bytes()).hexdigest()[:16]
     digest, found = hashlib.sha256(), 0
     run = find_run(where)
     # A tree of images has its markers beside it.
