@@ -374,6 +374,74 @@ def test_stamps_follow_the_content(tmp_path: Path) -> None:
     assert stamp(str(folder)) != before
 
 
+def test_any_folder_is_told_by_all_of_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "returned"
+    (folder / "inside").mkdir(parents=True)
+    assert stamp(str(folder)) == ""
+    seen = []
+    for number in range(150):
+        (folder / f"{number}.json").write_text('{"a": 1}')
+    seen.append(stamp(str(folder)))
+    (folder / "3.json").write_text('{"a": 2}')  # of the same size
+    os.utime(folder / "3.json", (5, 5))
+    seen.append(stamp(str(folder)))
+    (folder / "inside" / "b.json").write_text("1")
+    seen.append(stamp(str(folder)))
+    (folder / "inside" / "b.json").rename(folder / "inside" / os.fsdecode(b"\xff.json"))
+    seen.append(stamp(str(folder)))
+    assert len(set(seen)) == 4 and "" not in seen
+    assert stamp(str(folder), folder / "inside") == seen[1]
+
+
+def test_what_a_command_line_names_is_looked_at_too(photo_folder: Path, tmp_path: Path) -> None:
+    given, file, out = tmp_path / "given", tmp_path / "loop.yaml", photo_folder / "engine"
+    given.mkdir()
+    drawn = boxes_drawn(photo_folder, given / "drawn.json")
+    ingest = ["ingest", f"--images={photo_folder}", f"--annotations={drawn}", "--local"]
+    for name in ("before", "after"):
+        more = [f"--out={tmp_path / name}", f"--round={len(name)}"]
+        assert CliRunner().invoke(main, [*ingest, *more]).exit_code == 0
+    shutil.copytree(tmp_path / "before", tmp_path / "run")
+    file.write_text(f"""
+out: {out}
+inputs: {{photos: {photo_folder}, run: {tmp_path}/run}}
+steps:
+  - round0: ingest --images {{photos}} --annotations {given} --local
+  - handout: export {{run}} --format labelme
+  - report: report {{run}} {{round0}}
+  - round1: ingest --images {{photos}} --annotations={{handout}} --local
+""")
+    assert engine("run", file).exit_code == 0
+
+    def open_steps() -> list[str]:
+        told = engine("run", file, "--dry-run").stdout.splitlines()
+        steps = [line.split(": ") for line in told if line.endswith((": complete", ": run"))]
+        return [name for name, does in steps if does == "run"]
+
+    def asked_from(name: str) -> bool:
+        """Whether this is the first step that is asked; those after it wait for it."""
+        return open_steps()[:1] == [name]
+
+    assert open_steps() == [], "the engine's own files are among the photos, and do not count"
+    photo = next(photo_folder.rglob("*.jpg"))
+    before = photo.stat().st_mtime_ns
+    os.utime(photo)
+    assert asked_from("round0")
+    os.utime(photo, ns=(before, before))
+    boxes_drawn(photo_folder, given / "more.json")
+    assert asked_from("round0")
+    (given / "more.json").unlink()
+    assert open_steps() == []
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(tmp_path / "after", tmp_path / "run")
+    assert asked_from("handout")
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(tmp_path / "before", tmp_path / "run")
+    assert open_steps() == [], "a copy of a run is the same run"
+    os.utime(next((out / "handout").rglob("*.json")))  # as if somebody had corrected a mask
+    assert open_steps() == ["round1"], "what reads the hand-out, and not what wrote it"
+
+
 def test_a_damaged_output_is_told_on_the_page(loop: Path, tmp_path: Path) -> None:
     out = tmp_path / "loop out"
     loop.write_text(loop.read_text().partition("  - held-out")[0])
