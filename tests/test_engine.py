@@ -17,6 +17,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from sa_engine.cli import main
+from sa_engine.engine.figures import look_at
+from sa_engine.engine.file import Step
 from sa_engine.engine.state import stamp
 from sa_engine.lock import is_live
 from sa_engine.reader import iter_records
@@ -134,15 +136,16 @@ def test_the_loop_waits_goes_on_and_is_not_done_twice(loop: Path, tmp_path: Path
     told = engine("status", loop).stdout
     assert "finished, 6 of 6 steps done" in told and "4 images: 4 ok" in told
 
-    # What is taken away is made again, and what was made of it; its equal, not.
+    # What is changed is made again, and what was made of it; its equal, not.
     moved = tmp_path / "moved"
     shutil.copytree(out / "round0", moved)
     shutil.rmtree(out / "round0")
     shutil.move(moved, out / "round0")
-    shutil.rmtree(out / "all" / "report")
+    other = out / "all" / "report" / "report.json"
+    other.write_text('{"stages": [{"source": "manual"}]}')  # as an older version may have left it
     result = engine("run", loop)
     assert result.exit_code == 0, result.output
-    assert logs(out) == {**begun, "all-report": 2}
+    assert logs(out) == {**begun, "all-report": 2} and json.loads(other.read_text()) == report
     assert [step["seconds"] for step in state(out)["steps"]][:5] == worked[:5]
 
 
@@ -213,9 +216,21 @@ def test_a_killed_engine_is_not_running(tmp_path: Path) -> None:
     assert "out: stopped, 1 of 2 steps done" in engine("status", file).stdout
     result = engine("run", file)
     assert result.exit_code == 0 and logs(out) == {"one": 1, "two": 2}
-    (out / "engine.json").write_text("{")
-    result = engine("run", file)
-    assert result.exit_code == 2 and "engine.json: damaged" in result.stderr
+    whole = state(out)
+    steps = [{**whole["steps"][0], "report": None}, *whole["steps"][1:]]
+    for text, reason in (
+        ("{", "JSONDecodeError: "),
+        ("[]", "TypeError: "),
+        (json.dumps({**whole, "schema_version": 9}), "schema_version 9, expected 1"),
+        (json.dumps({key: whole[key] for key in whole if key != "state"}), "state: Field required"),
+        (json.dumps({**whole, "steps": steps}), "steps.0.report: Input should be a valid string"),
+    ):
+        (out / "engine.json").write_text(text)
+        for command in ("run", "status"):
+            result = engine(command, file)
+            assert result.exit_code == 2 and reason in result.stderr, result.stderr
+            assert f"{out}/engine.json: " in result.stderr
+    assert "damaged (steps.0.report" in result.stderr and "remove it: the next" in result.stderr
     with FileLock(out / "_engine" / "lock"):
         result = engine("run", file)
     assert result.exit_code == 2 and "another process runs a loop" in result.stderr
@@ -372,6 +387,15 @@ def test_stamps_follow_the_content(tmp_path: Path) -> None:
     assert stamp(str(tmp_path / "b")) == before != ""
     (folder / "model.json").write_text('{"a": 2}')
     assert stamp(str(folder)) != before
+
+
+@pytest.mark.parametrize("content", [{"stages": [{"source": 1}]}, {"stages": [None]}, {}, None, 1])
+def test_a_report_of_another_version_is_told_in_a_note(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    (tmp_path / "report.html").touch()
+    shown = look_at(Step(name="r", kind="report", out=str(tmp_path), reads={}))
+    assert f"{tmp_path.resolve()} cannot be shown: " in shown.note and not shown.table
+    assert shown.page == tmp_path.resolve() / "report.html"
 
 
 def test_any_folder_is_told_by_all_of_its_files(tmp_path: Path) -> None:

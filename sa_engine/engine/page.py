@@ -9,7 +9,6 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from sa_engine.analysis.text import table_cells
 from sa_engine.engine.figures import Shown, look_at
 from sa_engine.engine.file import Loop, Step
 from sa_engine.engine.state import LoopState, StepState
@@ -211,7 +210,7 @@ def _table(loop: Loop, seen: list[Seen]) -> list[str]:
     found = [shown for _, _, shown in seen if shown.table]
     if not found:
         return []
-    head, *rows = table_cells(found[-1].table, True)
+    head, *rows = found[-1].table
     lines = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
     link = ""
     if found[-1].page is not None:

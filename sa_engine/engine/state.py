@@ -126,30 +126,39 @@ def read_state(loop: Loop) -> LoopState:
     Raises:
         EngineError: the file is damaged, or of another version.
     """
-    path = loop.out / FILE
-    known: dict[str, StepState] = {}
-    try:
-        content = json.loads(path.read_bytes())
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise EngineError(
-                f"{path}: schema_version {content['schema_version']}, expected {SCHEMA_VERSION}: it is of "
-                "another version of sa-engine"
-            )
-        known = {one["name"]: StepState(**one) for one in content["steps"]}
-    except FileNotFoundError:
-        content = {"state": "stopped"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(
-            f"{path}: damaged ({error}); remove it: the next `engine run` asks every step anew whether it "
-            "is complete"
-        ) from None
+    found = _read(loop.out / FILE)
+    known = {step.name: step for step in found.steps} if found is not None else {}
     for step in known.values():
         step.status = "stopped" if step.status == "running" else step.status
     steps = [
         known.get(step.name, StepState(step.name, step.kind, step.command)) for step in loop.steps
     ]
-    state = "stopped" if content["state"] == "running" else str(content["state"])
+    state = "stopped" if found is None or found.state == "running" else found.state
     return LoopState(str(loop.file), str(loop.out.resolve()), state, steps)
+
+
+def _read(path: Path) -> LoopState | None:
+    """What the file says; None if there is none. Raises EngineError."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        content = path.read_bytes()
+        version = json.loads(content)["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise EngineError(
+                f"{path}: schema_version {version}, expected {SCHEMA_VERSION}: it is of another version of sa-engine"
+            )
+        return TypeAdapter(LoopState).validate_json(content, strict=True)
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    raise EngineError(
+        f"{path}: damaged ({wrong}); remove it: the next `engine run` asks every step anew whether it is complete"
+    )
 
 
 def stamps(step: Step, loop: Loop) -> dict[str, str]:
