@@ -15,7 +15,15 @@ from filelock import FileLock, Timeout
 
 from sa_engine.engine.file import EngineError, Loop, Step
 from sa_engine.engine.process import Commands, Ended, Tell
-from sa_engine.engine.state import LoopState, StepState, is_there, read_state, stamp, stamps
+from sa_engine.engine.state import (
+    LoopState,
+    StepState,
+    is_there,
+    read_state,
+    refused,
+    stamp,
+    stamps,
+)
 from sa_engine.progress import Interrupted
 from sa_engine.storage import write_results
 
@@ -73,6 +81,7 @@ def run(loop: Loop, tell: Tell) -> LoopState:
                 tell(f"{step.name}: complete", False)
             else:
                 _run_step(loop, state, step, commands, tell)
+            known.refused = refused(step)
             state.save()
             if commands.signum:
                 _end(loop, state, "stopped")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sa_engine.engine.file import Step
 from sa_engine.engine.state import stamp
 from sa_engine.lock import is_live
 from sa_engine.reader import iter_records
+from sa_engine.rounds import Parent, RoundInfo, Verdict
 from sa_engine.storage import RunPaths
 
 LOOP = """
@@ -464,6 +466,38 @@ steps:
     assert open_steps() == [], "a copy of a run is the same run"
     os.utime(next((out / "handout").rglob("*.json")))  # as if somebody had corrected a mask
     assert open_steps() == ["round1"], "what reads the hand-out, and not what wrote it"
+
+
+def test_a_round_that_the_gate_refused_is_told(photo_folder: Path, tmp_path: Path) -> None:
+    """Its `model.json` lies where a quick step writes, as no quick training is sure to be refused."""
+    drawn, run = boxes_drawn(photo_folder, tmp_path / "drawn.json"), tmp_path / "run"
+    ingest = ["ingest", f"--images={photo_folder}", f"--annotations={drawn}", f"--out={run}"]
+    assert CliRunner().invoke(main, [*ingest, "--local"]).exit_code == 0
+    verdict = Verdict(promoted=False, reason="mIoU fell <a lot>", before={}, after={}, margins={})
+    parent = Parent(name="vit_t", fingerprint="0", sha256="1")
+    info = RoundInfo(architecture="vit_t", decoder_depth=2, fingerprint="2", parent=parent, data=(),
+                     config={}, iterations=1, seconds=1.0, metrics={}, gate=verdict)  # fmt: skip
+    out, file = tmp_path / "out", tmp_path / "loop.yaml"
+    (out / "rounds" / "01").mkdir(parents=True)
+    (out / "rounds" / "01" / "model.json").write_text(json.dumps(asdict(info)))
+    steps = f"out: {out}\nsteps:\n  - rounds/01: report {run}\n"
+    file.write_text(steps)
+    first = engine("run", file)
+    assert first.exit_code == 0 and statuses(out) == {"rounds/01": "done"}, first.output
+    assert "mIoU fell <a lot>. No later step of the loop reads it." in first.stdout
+    file.write_text(f"{steps}  - listed: rounds {{rounds/01}}\n")
+    result = engine("run", file)
+    assert result.exit_code == 0 and "finished, 2 of 2 steps done" in result.stdout, result.output
+    for told in (result.stdout, engine("status", file).stdout):
+        (line,) = [line for line in told.splitlines() if line.startswith("rounds/01  ")]
+        assert " REFUSED " in line and "the gate refused this round: mIoU fell <a lot>" in line
+    assert (
+        "The gate refused rounds/01: mIoU fell <a lot>. The loop goes on with it" in result.stdout
+    )
+    assert f"in listed: to use the earlier model there, name that in {file}" in result.stdout
+    seen = (out / "index.html").read_text()
+    assert "<b>To do: the gate refused rounds/01</b><br>mIoU fell &lt;a lot&gt;. The" in seen
+    assert 'class="dot refused"' in seen
 
 
 def test_a_damaged_output_is_told_on_the_page(loop: Path, tmp_path: Path) -> None:

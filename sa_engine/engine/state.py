@@ -17,7 +17,7 @@ from sa_engine.export_folder import MARKER
 from sa_engine.listing import walk
 from sa_engine.progress import duration
 from sa_engine.remote import is_uri
-from sa_engine.rounds import INFO
+from sa_engine.rounds import INFO, RoundError, read_round
 from sa_engine.storage import AnyPath, atomic_write, find_run, list_names, location
 
 FILE = "engine.json"
@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 _SMALL = 1 << 20  # bytes of a JSON that is told by its content, such as a marker or model.json
 _MOST = 1_000_000  # files of a folder that is no run; 100,000 take about a second
 _WRITTEN = ("out", "work", "review", "embeddings")  # options that name what a command writes
-_WORDS = {"open": "-", "waiting": "waits", "failed": "FAILED"}
+_WORDS = {"open": "-", "waiting": "waits", "failed": "FAILED", "refused": "REFUSED"}
 
 
 @dataclass
@@ -42,6 +42,7 @@ class StepState:
         error: why it failed.
         reads: stamps of what it read, by step or file.
         wrote: stamp of its output.
+        refused: why the gate refused the round that it made; "" if it did not.
     """
 
     name: str
@@ -55,6 +56,12 @@ class StepState:
     error: str = ""
     reads: dict[str, str] = field(default_factory=dict)
     wrote: str = ""
+    refused: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The status as people see it: a step that is done may have made a round that they must know of."""
+        return "refused" if self.status == "done" and self.refused else self.status
 
     def complete(self, step: Step, loop: Loop) -> bool:
         """Whether a step has nothing to do: it is done, by the same command, and since then no file has changed."""
@@ -111,11 +118,27 @@ class LoopState:
         for step in self.steps:
             took = duration(step.seconds) if step.seconds else ""
             last = step.error if step.status in ("failed", "waiting") else step.report
+            if step.shown == "refused":
+                last = f"the gate refused this round: {step.refused}"
             line = last.splitlines()[0] if last else ""
             lines.append(
-                f"{step.name:{width}}  {_WORDS.get(step.status, step.status):7}  {took:>7}  {line}".rstrip()
+                f"{step.name:{width}}  {_WORDS.get(step.shown, step.shown):7}  {took:>7}  {line}".rstrip()
             )
         return "\n".join(lines)
+
+    def refusals(self, loop: Loop) -> dict[str, str]:
+        """Of the rounds that the gate refused: why, and what can be done, by their steps."""
+        found = {}
+        for step in self.steps:
+            if step.shown == "refused":
+                readers = [other.name for other in loop.steps if step.name in other.reads]
+                found[step.name] = (
+                    f"{step.refused}. The loop goes on with it all the same, in {' and '.join(readers)}: to use the "
+                    f"earlier model there, name that in {loop.file}; a step that has run already also needs a new name."
+                    if readers
+                    else f"{step.refused}. No later step of the loop reads it."
+                )
+        return found
 
 
 def read_state(loop: Loop) -> LoopState:
@@ -159,6 +182,18 @@ def _read(path: Path) -> LoopState | None:
     raise EngineError(
         f"{path}: damaged ({wrong}); remove it: the next `engine run` asks every step anew whether it is complete"
     )
+
+
+def refused(step: Step) -> str:
+    """Why the gate refused the round that a step made; "" if it did not, or if there is none."""
+    out = None if step.out is None else location(step.out)
+    if not isinstance(out, Path) or not (out / INFO).is_file():
+        return ""
+    try:
+        gate = read_round(out).gate
+    except RoundError:  # whoever reads it says why it cannot be read
+        return ""
+    return "" if gate is None or gate.promoted else gate.reason
 
 
 def stamps(step: Step, loop: Loop) -> dict[str, str]:
