@@ -111,8 +111,9 @@ class Building:
         """
         content = {"schema_version": _SCHEMA_VERSION, "version": __version__}
         data = json.dumps({**content, "made_of": made_of, "said": said}, indent=1).encode() + b"\n"
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, data, 0)
+        os.ftruncate(self._lock, 0)  # a killed export may have written its own
+        with open(self._lock, "wb", closefd=False) as file:
+            file.write(data)
         self.folder.rename(self._dest)  # an empty folder is replaced
 
     def _take(self) -> int:
