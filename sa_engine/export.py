@@ -1,16 +1,16 @@
 """A run's masks in the formats of other tools: one folder, whole or not at all."""
 
-import shutil
-import uuid
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from sa_engine.errors import SaEngineError
+from sa_engine.export_folder import Building, ExportError, read_marker
 from sa_engine.formats import coco, cvat, instance_png, label_studio, labelme, sa1b, yolo_seg
 from sa_engine.formats.model import NamedImage, Writer, Writing
 from sa_engine.holdout import chooser, read_holdout
@@ -48,10 +48,6 @@ EXPORT_FORMATS = {
 }
 
 
-class ExportError(SaEngineError):
-    """An export that cannot be made."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """What was written.
@@ -60,16 +56,19 @@ class Exported:
         dest: the folder.
         images, masks: how many.
         notes: what a user should know of it.
+        before: an equal export had written it; it was left as it is.
     """
 
     dest: Path
     images: int
     masks: int
     notes: tuple[str, ...]
+    before: bool = False
 
     def __str__(self) -> str:
         """For a terminal."""
-        lines = [f"{self.images:,} images with {self.masks:,} masks in {self.dest}"]
+        complete = ": complete, and left as it is" * self.before
+        lines = [f"{self.images:,} images with {self.masks:,} masks in {self.dest}{complete}"]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
@@ -85,11 +84,11 @@ def export(
     tolerance: float = 0.0,
     progress: bool = False,
 ) -> Exported:
-    """Write the masks of a run's finished shards for another tool.
+    """Write the masks of a run's finished shards for another tool, unless `dest` has just this already.
 
     Args:
         out: the run's folder.
-        dest: folder for the output; it must not be there, or be empty.
+        dest: folder for the output. An equal export that is there is not touched, as people may work in it.
         format_name: a key of `EXPORT_FORMATS`.
         names: "original" calls images as the photos were, "released" `sa_<id>.jpg`; None: as the format's tools expect.
         pictures: also write the released pictures, which always fit the masks.
@@ -99,12 +98,10 @@ def export(
         progress: show a bar.
 
     Raises:
-        ExportError: the folder is in use or cannot be written, pictures or an image that the run does not have, or two
-            images of one name.
+        ExportError: the folder holds anything else or cannot be written, pictures or an image that the run does not
+            have, or two images of one name.
         RunError: no run there, or no split.
     """
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ExportError(f"{dest} is there and not empty: name a new folder")
     info = read_run(RunPaths(out))
     if pictures and not (info.config.get("write_images") and "tar" in info.config["formats"]):
         raise ExportError(f"{out} has no pictures in its shards: export without --with-images")
@@ -113,37 +110,45 @@ def export(
     writing = Writing(pictures=chosen.pictures, tolerance=tolerance)
     in_split = chooser(out, split)
     wanted = frozenset(ids)
-    folder = dest.with_name(f".{uuid.uuid4().hex}.tmp")
+    reading = _Reading(out, original, pictures)
+    made_of = {
+        "run": info.fingerprint,
+        "format": format_name,
+        "names": "original" if original else "released",
+        "with_images": pictures,
+        "split": split,
+        "ids": sorted(wanted),
+        "tolerance": tolerance,
+        "content": reading.digest(split),
+    }
     try:
-        folder.mkdir(parents=True)
-        reading = _Reading(out, folder / chosen.pictures, original, pictures)
-        images = reading.images(
-            lambda image_id: in_split(image_id) and (not wanted or image_id in wanted), progress
-        )
-        for name, piece in chosen.write(images, writing):
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
-                file.write(piece)
-        _check_found(reading, wanted, split)
-        if dest.exists():
-            dest.rmdir()
-        folder.rename(dest)
+        before = read_marker(dest, made_of)
+        if before is not None:
+            return Exported(dest=dest, **{**before, "notes": tuple(before["notes"])}, before=True)
+        with Building(dest) as building:
+            images = reading.images(
+                building.folder / chosen.pictures,
+                lambda image_id: in_split(image_id) and (not wanted or image_id in wanted),
+                progress,
+            )
+            for name, piece in chosen.write(images, writing):
+                path = building.folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("ab") as file:
+                    file.write(piece)
+            _check_found(reading, wanted, split)
+            short_side = info.config.get("short_side") if not pictures and original else None
+            said: dict[str, Any] = {
+                "images": len(reading.ids),
+                "masks": reading.masks,
+                "notes": tuple(_notes(out, reading, writing, short_side, split)),
+            }
+            building.finish(made_of, said)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise ExportError(
             f"cannot read {out} or write {dest}: {error.strerror or error}; nothing was written"
         ) from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    short_side = info.config.get("short_side") if not pictures and original else None
-    return Exported(
-        dest=dest,
-        images=len(reading.ids),
-        masks=reading.masks,
-        notes=tuple(_notes(out, reading, writing, short_side, split)),
-    )
+    return Exported(dest=dest, **said)
 
 
 def _check_found(reading: "_Reading", wanted: Collection[int], split: str) -> None:
@@ -160,29 +165,38 @@ def _check_found(reading: "_Reading", wanted: Collection[int], split: str) -> No
 class _Reading:
     """The images of a run, one by one; what was seen of them is told afterwards."""
 
-    def __init__(self, out: AnyPath, pictures: Path, original: bool, with_pictures: bool) -> None:
+    def __init__(self, out: AnyPath, original: bool, with_pictures: bool) -> None:
         self.out = out
-        self.pictures = pictures
         self.original = original
         self.with_pictures = with_pictures
         self.ids: set[int] = set()
         self.masks = 0
         self.short_sides: Counter[int] = Counter()
         self._stems: dict[str, str] = {}
-
-    def images(self, wanted: Callable[[int], bool], progress: bool) -> Iterator[NamedImage]:
-        paths = RunPaths(self.out)
+        paths = RunPaths(out)
         plan = read_plan(paths.plan)
         markers = read_markers(paths, range(len(plan)))
         self.open_shards = len(plan) - len(markers)
-        shards = [(plan[index], stats) for index, stats in markers.items()]
-        for shard, stats in tqdm(shards, unit="shard", disable=not progress):
+        self._shards = [(plan[index], stats) for index, stats in markers.items()]
+
+    def digest(self, split: str) -> str:
+        """Hex; another one if other images or masks may be read: of the shards' hashes, and of a split."""
+        read: list[Any] = [stats.files for _, stats in self._shards]
+        if split != "all" and (holdout := read_holdout(self.out)) is not None:
+            read.append(sorted(holdout.image_ids))
+        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+    def images(
+        self, pictures: Path, wanted: Callable[[int], bool], progress: bool
+    ) -> Iterator[NamedImage]:
+        """Yield them; pictures are written below `pictures`."""
+        for shard, stats in tqdm(self._shards, unit="shard", disable=not progress):
             for record, jpeg in iter_contents(self.out, shard, stats, self.with_pictures):
                 if not wanted(record.image_id):
                     continue
                 name = self._name(record)
                 if jpeg is not None:
-                    path = self.pictures / name
+                    path = pictures / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(jpeg)
                 self.ids.add(record.image_id)

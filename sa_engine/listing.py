@@ -50,7 +50,7 @@ def _list_images(root: AnyPath, exclude: AnyPath | None) -> tuple[pa.Table, dict
         found = "is not a folder" if root.exists() else "does not exist"
         raise RunError(f"images folder {root} {found}: --images takes a folder of photos")
     ignored: Counter[str] = Counter()
-    files = _walk(root, exclude, ignored) if isinstance(root, Path) else _find(root, exclude)
+    files = walk(root, exclude, ignored) if isinstance(root, Path) else _find(root, exclude)
     images = _Rows()
     for key, size, mtime_ns in files:
         reason = _reason_to_ignore(key, size)
@@ -103,10 +103,14 @@ def _find(root: RemotePath, exclude: AnyPath | None) -> Iterator[tuple[str, int,
             yield key, size, mtime_ns
 
 
-def _walk(
+def walk(
     root: Path, exclude: AnyPath | None, ignored: Counter[str]
 ) -> Iterator[tuple[str, int, int]]:
-    """Yield every file below `root` that is not in an excluded or already seen folder."""
+    """Every file below a folder, in an order that is always the same: path below it, bytes, modification time in ns.
+
+    Links to folders are followed, last. A folder that was seen, a hidden one and `exclude` are left out; the hidden
+    ones and those that cannot be read are counted in `ignored`.
+    """
     seen: set[tuple[int, int]] = set()
     pending = [(str(root), "")]
     links: list[tuple[str, str]] = []

@@ -15,7 +15,15 @@ from filelock import FileLock, Timeout
 
 from sa_engine.engine.file import EngineError, Loop, Step
 from sa_engine.engine.process import Commands, Ended, Tell
-from sa_engine.engine.state import LoopState, StepState, is_there, read_state, stamp, stamps
+from sa_engine.engine.state import (
+    LoopState,
+    StepState,
+    is_there,
+    read_state,
+    refused,
+    stamp,
+    stamps,
+)
 from sa_engine.progress import Interrupted
 from sa_engine.storage import write_results
 
@@ -40,7 +48,7 @@ def describe(loop: Loop) -> str:
             ahead = ahead or not there
             lines += [f"{step.name}: wait for {step.out} ({does})", f"  {step.tell}"]
             continue
-        complete = not ahead and state[step.name].complete(step)
+        complete = not ahead and state[step.name].complete(step, loop)
         ahead = ahead or not complete
         lines += [f"{step.name}: {'complete' if complete else 'run'}", f"  {step.command}"]
     return "\n".join([*lines, f"output: {loop.out}"])
@@ -69,10 +77,11 @@ def run(loop: Loop, tell: Tell) -> LoopState:
             if step.kind == "wait":
                 if not _come(step, known):
                     return _end(loop, state, "waiting")
-            elif known.complete(step):
+            elif known.complete(step, loop):
                 tell(f"{step.name}: complete", False)
             else:
                 _run_step(loop, state, step, commands, tell)
+            known.refused = refused(step)
             state.save()
             if commands.signum:
                 _end(loop, state, "stopped")
@@ -97,7 +106,7 @@ def _run_step(loop: Loop, state: LoopState, step: Step, commands: Commands, tell
     again = known.command == step.command
     as_it_was = known.status == "done" and again
     spent = known.seconds if again and not as_it_was else 0.0
-    reads = stamps(step)
+    reads = stamps(step, loop)
     tell(f"\n[{step.name}] {step.command}", False)
     known.kind, known.command, known.status, known.error = step.kind, step.command, "running", ""
     state.save()
@@ -120,7 +129,7 @@ def _run_step(loop: Loop, state: LoopState, step: Step, commands: Commands, tell
         _end(loop, state, "failed")
         raise _failed(loop, step, ended)
     if step.out is None:  # such as split: it wrote into what it read
-        known.reads = stamps(step)
+        known.reads = stamps(step, loop)
         for name, place in step.reads.items():
             state[name].wrote = stamp(place)
 

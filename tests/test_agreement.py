@@ -55,6 +55,9 @@ def corrected(run: Path, change: object) -> Path:
     assert callable(change)
     change(content["annotations"])
     file.write_text(json.dumps(content))
+    again = audit(run, "--sample=1", f"--out={handed_out}", "--format=coco-rle")
+    assert again.exit_code == 0 and "complete, and left as it is" in again.output, again.output
+    assert json.loads(file.read_text()) == content, "people work in it"
     out = run.parent / "corrected"
     command = [
         "ingest",

@@ -1,6 +1,10 @@
 """`sa-engine export`: masks leave as they came, or what a format cannot hold is told."""
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,11 +191,102 @@ def test_nothing_is_left_where_an_export_fails(run: Path) -> None:
     assert result.exit_code == 2 and "sa-engine split" in result.stderr
     assert sorted(path.name for path in run.parent.iterdir()) == before
     assert export(run, "coco").exit_code == 0
-    result = export(run, "coco")
-    assert result.exit_code == 2 and "not empty" in result.stderr
+    assert sorted(path.name for path in run.parent.iterdir()) == sorted([*before, "export_coco"])
     file = run.parent / "export_coco" / "annotations.json"
     result = CliRunner().invoke(main, ["export", str(run), "--format=coco", f"--out={file}/x"])
     assert result.exit_code == 2 and "nothing was written" in result.stderr, result.output
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_equal_export_is_complete_and_people_may_work_in_it(run: Path) -> None:
+    first = export(run, "labelme", "--with-images")
+    assert first.exit_code == 0, first.output
+    dest = run.parent / "export_labelme"
+    for path in dest.rglob("*.json"):
+        path.write_text(path.read_text().replace("object", "thing"))
+    (dest / ".DS_Store").write_bytes(b"of a Mac")
+    worked_on = files(dest)
+    again = export(run, "labelme", "--with-images", "--names=original")
+    assert again.exit_code == 0, again.output
+    assert again.output == first.output.replace(
+        "_labelme\n", "_labelme: complete, and left as it is\n"
+    )
+    assert files(dest) == worked_on
+    for more, reason in (
+        (["--names=released"], 'names was "original", now "released"'),
+        (["--id=1"], "ids was [], now [1]"),
+    ):
+        result = export(run, "labelme", "--with-images", *more)
+        assert result.exit_code == 2, result.output
+        assert "is there and not empty: it is an export whose " + reason in result.stderr
+    # The run has got other masks in the meantime: here, one fewer image.
+    shutil.rmtree(run)
+    one = annotations(annotations=annotations()["annotations"][:1])
+    assert ingest(run.parent / "photos", one).exit_code == 0
+    result = export(run, "labelme", "--with-images")
+    assert result.exit_code == 2 and "is an export whose run was" in result.stderr, result.output
+    assert files(dest) == worked_on
+    for damaged in ("{}", "[", '{"schema_version": 0}'):
+        (dest / ".sa-engine-export").write_text(damaged)
+        result = export(run, "labelme", "--with-images")
+        assert result.exit_code == 2 and "and its .sa-engine-export cannot be" in result.stderr
+    (dest / ".sa-engine-export").unlink()
+    result = export(run, "labelme", "--with-images")
+    assert result.exit_code == 2 and f"{dest} is there and not empty: name a new" in result.stderr
+
+
+def test_an_export_of_what_has_another_split_now_is_another_one(run: Path) -> None:
+    assert CliRunner().invoke(main, ["split", str(run), "--holdout=1"]).exit_code == 0
+    assert export(run, "coco-rle", "--split=rest").exit_code == 0
+    assert "left as it is" in export(run, "coco-rle", "--split=rest").output
+    (run / "holdout.json").unlink()
+    assert CliRunner().invoke(main, ["split", str(run), "--holdout=2"]).exit_code == 0
+    result = export(run, "coco-rle", "--split=rest")
+    assert result.exit_code == 2 and "whose content was" in result.stderr, result.output
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from sa_engine import export
+def write(images, writing):
+    next(images)
+    yield "half.json", b"{"
+    yield "half.json", b"["
+    time.sleep(600)
+export.EXPORT_FORMATS["coco"] = export.Format(write)
+export.export(Path(sys.argv[1]), Path(sys.argv[2]), "coco", pictures=True)
+"""
+
+
+def test_what_a_killed_export_leaves_is_removed_by_the_next_one(run: Path) -> None:
+    dest, before = run.parent / "export_coco", {path.name for path in run.parent.iterdir()}
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(run), str(dest)])
+    try:
+        while not list(run.parent.glob(".*/half.json")) and process.poll() is None:
+            time.sleep(0.02)
+        (left,) = {path.name for path in run.parent.iterdir()} - before
+        assert left.startswith(".sa-engine-export-") and left.endswith(".tmp")
+        result = export(run, "coco")
+        assert result.exit_code == 2, result.output
+        assert f"another process exports to {dest}: wait until it has ended" in result.stderr
+        assert list(run.parent.glob(".*/images/*")), "what it has written is left alone"
+        other = CliRunner().invoke(main, ["export", str(run), "--format=coco", f"--out={dest}2"])
+        assert other.exit_code == 0, "another place is free"
+    finally:
+        process.kill()
+        process.wait()
+    assert (run.parent / left / "half.json").exists()
+    result = export(run, "coco")
+    assert result.exit_code == 0, result.output
+    now = {path.name for path in run.parent.iterdir()}
+    assert now == {*before, "export_coco", "export_coco2"}
+    names = {path.name for path in dest.iterdir()}
+    assert names == {"annotations.json", ".sa-engine-export"}, "without pictures"
+    assert json.loads((dest / "annotations.json").read_bytes())["images"]
 
 
 def test_held_out_images_are_told_or_left_out(run: Path) -> None:

@@ -34,6 +34,8 @@ def run_loop(file: Path, dry_run: bool) -> None:
         return
     state = stage.run(loop, lambda line, wrong: click.echo(line, err=wrong))
     click.echo(f"\n{state}\nsummary: {loop.page}")
+    for name, text in state.refusals(loop).items():
+        click.echo(f"\nThe gate refused {name}: {text}")
     for step in state.steps:
         if step.status == "waiting":
             click.echo(f"\n{step.error}\nWhen that is there, the same command goes on.")

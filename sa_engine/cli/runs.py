@@ -233,7 +233,7 @@ def export(run: str, **options: Any) -> None:
     """Write a run's masks in another tool's format.
 
     OUT is the run's folder. Masks are kept to the pixel where the format can hold them; what it cannot hold
-    is told.
+    is told. Given again, the command leaves what it has written to the people who work in it.
     """
     from sa_engine.export import export as write
     from sa_engine.storage import location

@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
+from sa_engine.analysis.text import table_cells
 from sa_engine.engine.file import Step
 from sa_engine.errors import SaEngineError
 from sa_engine.finished import FinishedRun
@@ -23,6 +24,7 @@ from sa_engine.status import read_status
 from sa_engine.storage import AnyPath, RunPaths, find_run, list_names, location
 
 PICTURES = 4  # of a step
+_RUNS = ("blur", "ingest", "prefill", "auto")
 _FIT = (420, 240)  # pixels
 _QUALITY = 85
 # What commands leave for people to look at, at the top of their output.
@@ -41,7 +43,7 @@ class Shown:
         pictures: JPEG files with a caption each: photos with their masks, or redacted ones.
         round: if it is a round of SAM or of the detector.
         files: pictures in its folder.
-        table: rows of `sa-engine report`.
+        table: of `sa-engine report`, as text, heads first.
         page: its report.html.
         note: why something is missing here.
     """
@@ -52,7 +54,7 @@ class Shown:
     pictures: list[tuple[bytes, str]] = field(default_factory=list)
     round: RoundInfo | None = None
     files: list[Path] = field(default_factory=list)
-    table: list[dict[str, Any]] = field(default_factory=list)
+    table: list[list[str]] = field(default_factory=list)
     page: Path | None = None
     note: str = ""
 
@@ -63,18 +65,19 @@ def look_at(step: Step) -> Shown:
     if step.out is None or step.kind == "wait":
         return shown
     out = location(step.out)
-    try:
-        if step.kind in ("blur", "ingest", "prefill", "auto"):
-            _add_run(shown, out)
-        elif isinstance(out, Path) and (out / INFO).exists():
-            shown.round = read_round(out)
-    except (SaEngineError, OSError, ValueError, KeyError, TypeError) as error:
-        shown.note = (
-            f"{out} cannot be shown: {type(error).__name__}: {' '.join(str(error).split())}"
-        )
-    if isinstance(out, Path):
-        _add_files(shown, out)
+    for add in (_add_run if step.kind in _RUNS else _add_round, _add_files, _add_table):
+        try:
+            add(shown, out)
+        # A file that is damaged, or of another version, makes readers raise nearly anything.
+        except Exception as error:
+            said = " ".join(str(error).split())
+            shown.note = f"{out} cannot be shown: {type(error).__name__}: {said}"
     return shown
+
+
+def _add_round(shown: Shown, out: AnyPath) -> None:
+    if isinstance(out, Path) and (out / INFO).exists():
+        shown.round = read_round(out)
 
 
 def _add_run(shown: Shown, out: AnyPath) -> None:
@@ -128,13 +131,13 @@ def _evenly(items: Sequence[T], count: int) -> list[T]:
     return [items[number * len(items) // count] for number in range(count)]
 
 
-def _add_files(shown: Shown, out: Path) -> None:
-    names = list_names(out) if out.is_dir() else []
-    shown.files = [out / name for name in _PNG_JPG if name in names]
-    if "report.html" in names:
-        shown.page = out / "report.html"
-    if _TABLE in names:
-        try:
-            shown.table = json.loads((out / _TABLE).read_bytes())["stages"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            shown.note = f"{out / _TABLE}: {error}"
+def _add_files(shown: Shown, out: AnyPath) -> None:
+    if isinstance(out, Path) and out.is_dir():
+        names = list_names(out)
+        shown.files = [out / name for name in _PNG_JPG if name in names]
+        shown.page = out / "report.html" if "report.html" in names else None
+
+
+def _add_table(shown: Shown, out: AnyPath) -> None:
+    if isinstance(out, Path) and (out / _TABLE).is_file():
+        shown.table = table_cells(json.loads((out / _TABLE).read_bytes())["stages"], True)

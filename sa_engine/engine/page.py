@@ -9,7 +9,6 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from sa_engine.analysis.text import table_cells
 from sa_engine.engine.figures import Shown, look_at
 from sa_engine.engine.file import Loop, Step
 from sa_engine.engine.state import LoopState, StepState
@@ -71,7 +70,7 @@ def _when(state: LoopState) -> str:
 def _flow(state: LoopState) -> str:
     """The steps in a line."""
     chips = (
-        f'<span><i class="dot {step.status}" title="{step.status}"></i>{html.escape(step.name)}</span>'
+        f'<span><i class="dot {step.shown}" title="{step.shown}"></i>{html.escape(step.name)}</span>'
         for step in state.steps
     )
     return f'<div class="flow">{"".join(chips)}</div>'
@@ -91,6 +90,11 @@ def _to_do(loop: Loop, state: LoopState) -> list[str]:
                 f'<div class="do bad"><b>{html.escape(step.name)} failed</b><br>'
                 f"{html.escape(known.error)}</div>"
             )
+    for name, text in state.refusals(loop).items():
+        found.append(
+            f'<div class="do"><b>To do: the gate refused {html.escape(name)}</b><br>'
+            f"{html.escape(text)}</div>"
+        )
     return found
 
 
@@ -211,7 +215,7 @@ def _table(loop: Loop, seen: list[Seen]) -> list[str]:
     found = [shown for _, _, shown in seen if shown.table]
     if not found:
         return []
-    head, *rows = table_cells(found[-1].table, True)
+    head, *rows = found[-1].table
     lines = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
     link = ""
     if found[-1].page is not None:
@@ -245,7 +249,7 @@ def _steps(seen: list[Seen]) -> str:
             if line and not line.startswith("output: ") and not shown.table  # it has its own place
         ]
         rows.append(
-            f'<tr><td style="white-space:nowrap"><span class="dot {known.status}" title="{known.status}"></span>'
+            f'<tr><td style="white-space:nowrap"><span class="dot {known.shown}" title="{known.shown}"></span>'
             f"{html.escape(step.name)}</td><td><code>{html.escape(step.command)}</code>"
             f'<div class="small">{"<br>".join(lines)}</div></td>'
             f'<td class="num" style="width:6rem">{took or html.escape(known.status)}{bar}</td></tr>'

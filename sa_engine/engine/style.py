@@ -20,7 +20,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align
 th { color: var(--grey); font-weight: 500; } .num { text-align: right; white-space: nowrap; }
 .dot { border-radius: 50%; display: inline-block; height: .7rem; margin-right: .5rem; width: .7rem; }
 .done { background: #16a34a; } .open { background: #d4d4d8; } .running { background: #2563eb; }
-.waiting { background: #d97706; } .failed { background: #dc2626; } .stopped { background: #9333ea; }
+.waiting, .refused { background: #d97706; } .failed { background: #dc2626; } .stopped { background: #9333ea; }
 .bar { background: #2563eb; border-radius: .2rem; display: block; height: .75rem; min-width: 2px; }
 .time { background: #a1a1aa; height: .3rem; margin-top: .2rem; }
 .flow { display: flex; flex-wrap: wrap; gap: .35rem .2rem; margin: 1rem 0; font-size: .85rem; }
