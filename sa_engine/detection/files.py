@@ -9,7 +9,14 @@ from safetensors.torch import load_file
 from sa_engine.detection.config import SAM_BACKBONE, DetectorConfig
 from sa_engine.detection.model import BoxDetector
 from sa_engine.modeling.sam import Sam, encoder_fingerprint, model_fingerprint
-from sa_engine.rounds import DetectorFacts, RoundError, RoundInfo, read_detector, weights_of
+from sa_engine.rounds import (
+    FRESH,
+    DetectorFacts,
+    RoundError,
+    RoundInfo,
+    read_detector,
+    weights_of,
+)
 
 ARCHITECTURE = "detector"
 
@@ -23,7 +30,11 @@ def fresh_detector(config: DetectorConfig) -> BoxDetector:
         torch.manual_seed(config.seed)
         try:
             return BoxDetector(
-                config.backbone, config.image_size, config.objectness, config.backbone_weights
+                config.backbone,
+                config.image_size,
+                config.objectness,
+                start=config.backbone_weights or FRESH,
+                fetch=True,
             )
         except (OSError, KeyError, ValueError) as error:
             raise RoundError(
@@ -44,6 +55,7 @@ def detector_facts(model: BoxDetector, config: DetectorConfig, sam: Sam | None) 
             image_size=config.image_size,
             objectness=config.objectness,
             encoder=encoder,
+            start=model.start,
         ),
     }
 
@@ -75,7 +87,7 @@ def load_detector(path: Path, sam: Sam | None = None) -> tuple[BoxDetector, Roun
                 f"({(facts.encoder or 'none')[:12]}) than the checkpoint has ({found[:12]}): name the checkpoint "
                 f"{info.config.get('checkpoint')} or a round with its encoder, or train a detector for this one"
             )
-    model = BoxDetector(facts.backbone, facts.image_size, facts.objectness)
+    model = BoxDetector(facts.backbone, facts.image_size, facts.objectness, facts.start)
     try:
         model.load_state_dict(load_file(file))
     except RuntimeError as error:
