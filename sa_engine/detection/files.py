@@ -11,6 +11,7 @@ from sa_engine.detection.model import BoxDetector
 from sa_engine.modeling.sam import Sam, encoder_fingerprint, model_fingerprint
 from sa_engine.rounds import (
     FRESH,
+    INFO,
     DetectorFacts,
     RoundError,
     RoundInfo,
@@ -74,7 +75,8 @@ def load_detector(path: Path, sam: Sam | None = None) -> tuple[BoxDetector, Roun
         sam: whose embedding it is to see; a detector on pixels takes any.
 
     Raises:
-        RoundError: no detector there, a damaged one, or one for the embedding of another image encoder.
+        RoundError: no detector there, a damaged one, weights that are not those that `model.json` describes, or a
+            detector for the embedding of another image encoder.
     """
     info = read_detector(path)
     facts, file = info.detector, weights_of(path, detector=True)
@@ -95,4 +97,9 @@ def load_detector(path: Path, sam: Sam | None = None) -> tuple[BoxDetector, Roun
         raise RoundError(
             f"{file} does not fit a {facts.backbone} detector: {detail}; it is of another version: train it again"
         ) from None
+    if (found := model_fingerprint(model)) != info.fingerprint:
+        raise RoundError(
+            f"{file} is damaged: its weights have the fingerprint {found[:12]}, expected {info.fingerprint[:12]} by "
+            f"{INFO} beside it; restore the file, or train the detector again"
+        )
     return model.eval(), info
