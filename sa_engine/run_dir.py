@@ -99,7 +99,7 @@ def run_paths(config: RunConfig) -> RunPaths:
 
 
 def planned_keys(config: RunConfig) -> list[str]:
-    """Keys of a run's images: of its plan, or of all that are there if there is none yet. Raises RunError for a round."""
+    """Keys of a run's images: of its plan, or if there is none yet, of all that are there. Refuses a round."""
     paths = run_paths(config)
     if paths.info.exists():
         read_run(paths)
