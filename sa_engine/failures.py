@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sa_engine.partial import LEFT_OUT, Failure
 from sa_engine.plan import read_plan, shard_name
 from sa_engine.reader import read_failures
+from sa_engine.run_dir import read_run
 from sa_engine.shards import read_markers
 from sa_engine.storage import AnyPath, find_run
 
@@ -40,6 +41,7 @@ def list_failures(out: AnyPath) -> list[Failure]:
     Raises RunError if there is no run.
     """
     paths = find_run(out)
+    read_run(paths)
     markers = read_markers(paths, range(len(read_plan(paths.plan))))
     names = [shard_name(index) for index, stats in markers.items() if stats.errors_sha256]
     with ThreadPoolExecutor(_READERS) as readers:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sa_engine.reader import Source, iter_sources
-from sa_engine.storage import AnyPath, RunError, atomic_write
+from sa_engine.run_dir import read_run
+from sa_engine.storage import AnyPath, RunError, RunPaths, atomic_write
 
 SPLITS = ("all", "holdout", "rest")
 _SCHEMA_VERSION = 1
@@ -51,6 +52,7 @@ def split(out: AnyPath, count: int, seed: int = 0) -> Holdout:
     Raises:
         RunError: no run there, fewer images than asked for, or a split with another seed is there.
     """
+    read_run(RunPaths(out))
     images = [(photo_hash(image, str(seed)), image) for image in iter_sources(out)]
     before = read_holdout(out)
     if before is None:

@@ -46,6 +46,17 @@ class ModelStage:
         self.fingerprint = model_fingerprint(self.sam)
         return self.fingerprint
 
+    def dry_identity(self) -> dict[str, str]:
+        """What `identity` says of the model, for a dry run; empty if it would have to be fetched first.
+
+        Raises SaEngineError for a model that `load_model` would refuse.
+        """
+        from sa_engine.modeling.weights import MODELS, find
+
+        if self.checkpoint in MODELS and find(self.checkpoint) is None:
+            return {}
+        return {"model_fingerprint": self.load_model()}
+
     def model_of_worker(self) -> tuple["Sam", str]:
         """The model in this process and its fingerprint. Raises ModelMismatch if it is not the driver's."""
         expected = self.fingerprint

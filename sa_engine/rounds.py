@@ -105,12 +105,14 @@ class DetectorFacts:
         image_size: longest side of the image in its input, in pixels.
         objectness: what its scores say.
         encoder: fingerprint of the image encoder whose embedding it sees; None: it sees the pixels.
+        start: what its backbone began from, "fresh" or torchvision's name of weights; None: it is older than this line.
     """
 
     backbone: str
     image_size: int
     objectness: str
     encoder: str | None
+    start: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,9 +99,10 @@ def run_paths(config: RunConfig) -> RunPaths:
 
 
 def planned_keys(config: RunConfig) -> list[str]:
-    """Keys of a run's images: of its plan, or if there is none yet, of all that are there."""
+    """Keys of a run's images: of its plan, or if there is none yet, of all that are there. Refuses a round."""
     paths = run_paths(config)
     if paths.info.exists():
+        read_run(paths)
         return read_plan(paths.plan).keys()
     return list_images(images_folder(config), exclude=paths.out)[0].column("key").to_pylist()
 
@@ -126,9 +127,9 @@ def read_info(paths: RunPaths) -> RunInfo:
 def read_run(paths: RunPaths) -> RunInfo:
     """What a run over images was started with. Raises RunError if there is none; a round of training is none."""
     info = read_info(paths)
-    if info.stage == "retrain":
+    if info.stage in ("retrain", "retrain detector"):
         raise RunError(
-            f"{paths.out} is a round of `sa-engine retrain`, and this command takes a run of shards: "
+            f"{paths.out} is a round of `sa-engine {info.stage}`, and this command takes a run of shards: "
             "`sa-engine rounds` shows rounds"
         )
     return info
@@ -142,7 +143,7 @@ def open_run(paths: RunPaths, stage: str, config: RunConfig) -> PlannedRun | Non
     if not paths.info.exists():
         check_empty(paths)
         return None
-    info = read_info(paths)
+    info = read_run(paths)
     given = {
         key: value
         for key, value in identity_values(config).items()

@@ -74,10 +74,16 @@ class Start:
 RESUME = Start()
 
 
-def describe(stage: Stage, config: RunConfig, start: Start = RESUME) -> PlanSummary:
+def describe(
+    stage: Stage,
+    config: RunConfig,
+    start: Start = RESUME,
+    identity: Callable[[], Mapping[str, str]] = dict,
+) -> PlanSummary:
     """Plan a run, or read the plan of one that is there; writes nothing and starts nothing.
 
-    Raises RunError for what `run` would refuse before it starts.
+    `identity` is that of `run`, as far as it can be had without fetching anything. Raises RunError for what `run` would
+    refuse before it starts.
     """
     paths = _paths(config)
     planned = _plan(paths, stage, config, start)
@@ -86,6 +92,10 @@ def describe(stage: Stage, config: RunConfig, start: Start = RESUME) -> PlanSumm
     retried = [index for index in chosen if index in markers and markers[index].failed]
     retried = retried if start.retry_failed else []
     todo = [index for index in chosen if index not in markers]
+    if todo or retried:
+        model = identity()
+        if planned.info is not None:
+            run_dir.check_same(paths, planned.info.model, model)
     return PlanSummary(
         images=images_folder(config),
         out=paths.out,

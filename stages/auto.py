@@ -175,8 +175,9 @@ def run(config: AutoConfig, start: runner.Start = runner.RESUME) -> runner.Repor
 
 
 def describe(config: AutoConfig, start: runner.Start = runner.RESUME) -> runner.PlanSummary:
-    """What :func:`run` would do, without doing or writing anything."""
-    return runner.describe(_stage(config), config, start)
+    """What :func:`run` would do, without doing, fetching or writing anything; the model is loaded if it is here."""
+    stage = _stage(config)
+    return runner.describe(stage, config, start, stage.dry_identity)
 
 
 def _stage(config: AutoConfig) -> AutoStage:

@@ -59,6 +59,12 @@ class PrefillStage(ModelStage):
         self.load_detector()
         return found
 
+    def dry_identity(self) -> dict[str, str]:
+        """The same without fetching anything: of a model that is not here yet, the detector is loaded by itself."""
+        found = super().dry_identity()
+        self.load_detector()
+        return found
+
     def load_detector(self) -> "BoxDetector | None":
         """The detector, if there is one.
 
@@ -175,8 +181,9 @@ def run(config: PrefillConfig, start: runner.Start = runner.RESUME) -> runner.Re
 
 
 def describe(config: PrefillConfig, start: runner.Start = runner.RESUME) -> runner.PlanSummary:
-    """What :func:`run` would do, without doing or writing anything."""
-    return runner.describe(_stage(config), config, start)
+    """What :func:`run` would do, without doing, fetching or writing anything; model and detector are loaded."""
+    stage = _stage(config)
+    return runner.describe(stage, config, start, stage.dry_identity)
 
 
 def _stage(config: PrefillConfig) -> PrefillStage:

@@ -103,9 +103,24 @@ def test_bad_folders(tmp_path: Path, photo_folder: Path, dry_run: list[str]) -> 
     assert not out.exists()
 
 
-def test_bad_checkpoint(tmp_path: Path, photo_folder: Path) -> None:
-    arguments = ["auto", "--images", photo_folder, "--out", tmp_path / "out", "--local"]
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_bad_checkpoint(tmp_path: Path, photo_folder: Path, dry_run: list[str]) -> None:
+    (damaged := tmp_path / "damaged.pth").write_bytes(b"no weights")
+    out = tmp_path / "out"
+    arguments = ["auto", "--images", photo_folder, "--out", out, "--local", *dry_run]
     assert_refused(sa_engine(*arguments, "--checkpoint", "vit_x"), "vit_x", "vit_t")
+    assert_refused(sa_engine(*arguments, "--checkpoint", damaged), str(damaged))
+    assert not list(out.glob("sa_*"))
+
+
+def test_a_dry_run_fetches_no_model(
+    tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SA_ENGINE_CACHE", str(tmp_path / "cache"))
+    arguments = ("--images", photo_folder, "--out", tmp_path / "out", "--local", "--dry-run")
+    result = sa_engine("auto", *arguments)
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "cache").exists()
 
 
 def test_output_of_another_run_is_refused(tmp_path: Path, photo_folder: Path) -> None:

@@ -54,6 +54,25 @@ def test_a_run_accounts_for_every_image_with_its_reason(photo_folder: Path, tmp_
     assert caught.value.exit_code == 3
 
 
+def test_a_dry_run_compares_the_model_only_if_there_is_work(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    config = small_config(photo_folder, tmp_path / "out", limit=2)
+    run(config)
+    looked: list[int] = []
+
+    def other() -> dict[str, str]:
+        looked.append(1)
+        return {"model_fingerprint": "other"}
+
+    assert runner.describe(SmallStage(), config, identity=other).committed == 1 and not looked
+    with pytest.raises(RunError, match="model_fingerprint was .* and is now 'other'"):
+        runner.describe(SmallStage(), replace(config, limit=None), identity=other)
+    start = runner.Start(overwrite=True)
+    runner.describe(SmallStage(), config, start, other)
+    assert len(looked) == 2
+
+
 def test_a_finished_run_returns_at_once(photo_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(small_config(photo_folder, out))

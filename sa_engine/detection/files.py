@@ -9,7 +9,15 @@ from safetensors.torch import load_file
 from sa_engine.detection.config import SAM_BACKBONE, DetectorConfig
 from sa_engine.detection.model import BoxDetector
 from sa_engine.modeling.sam import Sam, encoder_fingerprint, model_fingerprint
-from sa_engine.rounds import DetectorFacts, RoundError, RoundInfo, read_detector, weights_of
+from sa_engine.rounds import (
+    FRESH,
+    INFO,
+    DetectorFacts,
+    RoundError,
+    RoundInfo,
+    read_detector,
+    weights_of,
+)
 
 ARCHITECTURE = "detector"
 
@@ -23,7 +31,11 @@ def fresh_detector(config: DetectorConfig) -> BoxDetector:
         torch.manual_seed(config.seed)
         try:
             return BoxDetector(
-                config.backbone, config.image_size, config.objectness, config.backbone_weights
+                config.backbone,
+                config.image_size,
+                config.objectness,
+                start=config.backbone_weights or FRESH,
+                fetch=True,
             )
         except (OSError, KeyError, ValueError) as error:
             raise RoundError(
@@ -44,6 +56,7 @@ def detector_facts(model: BoxDetector, config: DetectorConfig, sam: Sam | None) 
             image_size=config.image_size,
             objectness=config.objectness,
             encoder=encoder,
+            start=model.start,
         ),
     }
 
@@ -62,7 +75,8 @@ def load_detector(path: Path, sam: Sam | None = None) -> tuple[BoxDetector, Roun
         sam: whose embedding it is to see; a detector on pixels takes any.
 
     Raises:
-        RoundError: no detector there, a damaged one, or one for the embedding of another image encoder.
+        RoundError: no detector there, a damaged one, weights that are not those that `model.json` describes, or a
+            detector for the embedding of another image encoder.
     """
     info = read_detector(path)
     facts, file = info.detector, weights_of(path, detector=True)
@@ -75,7 +89,7 @@ def load_detector(path: Path, sam: Sam | None = None) -> tuple[BoxDetector, Roun
                 f"({(facts.encoder or 'none')[:12]}) than the checkpoint has ({found[:12]}): name the checkpoint "
                 f"{info.config.get('checkpoint')} or a round with its encoder, or train a detector for this one"
             )
-    model = BoxDetector(facts.backbone, facts.image_size, facts.objectness)
+    model = BoxDetector(facts.backbone, facts.image_size, facts.objectness, facts.start)
     try:
         model.load_state_dict(load_file(file))
     except RuntimeError as error:
@@ -83,4 +97,9 @@ def load_detector(path: Path, sam: Sam | None = None) -> tuple[BoxDetector, Roun
         raise RoundError(
             f"{file} does not fit a {facts.backbone} detector: {detail}; it is of another version: train it again"
         ) from None
+    if (found := model_fingerprint(model)) != info.fingerprint:
+        raise RoundError(
+            f"{file} is damaged: its weights have the fingerprint {found[:12]}, expected {info.fingerprint[:12]} by "
+            f"{INFO} beside it; restore the file, or train the detector again"
+        )
     return model.eval(), info

@@ -17,11 +17,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from sa_engine.detection.config import SAM_BACKBONE
 from sa_engine.detection.objectness import IouProposals, IouRoIHeads
 from sa_engine.modeling.layers import LayerNorm2d
+from sa_engine.rounds import FRESH
 
 EMBEDDING_CHANNELS = 256
 _WIDTH, _HIDDEN = 128, 512  # of the pyramid and of the box head over it
@@ -84,7 +85,9 @@ class BoxDetector(nn.Module):
         image_size: side of the square model input.
         objectness: what scores are: "class", the probability of an object, for which everything that is not drawn is
             none; "iou", the IoU that a box is thought to have with its object, learned from drawn objects alone (OLN).
-        weights: of the backbone, as torchvision names them; None: fresh. The embedding's pyramid is always fresh.
+        start: what a backbone on pixels began from, which decides its norms and which of its layers learn: "fresh", or
+            the name of torchvision's weights; None: as detectors were built before this was written down.
+        fetch: have torchvision fetch these weights; otherwise all weights are fresh, for others to be loaded.
     """
 
     def __init__(
@@ -92,12 +95,13 @@ class BoxDetector(nn.Module):
         backbone: str = SAM_BACKBONE,
         image_size: int = 1024,
         objectness: str = "class",
-        weights: str | None = None,
+        start: str | None = FRESH,
+        fetch: bool = False,
     ) -> None:
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.start = image_size, start
         self.takes_embedding = backbone == SAM_BACKBONE
-        self.backbone, channels, levels, sizes, hidden = _backbone(backbone, weights)
+        self.backbone, channels, levels, sizes, hidden = _backbone(backbone, start, fetch)
         iou = objectness == "iou"
         anchors = AnchorGenerator(sizes, (_RATIOS,) * len(sizes))
         proposals, heads = (IouProposals, IouRoIHeads) if iou else (RegionProposalNetwork, RoIHeads)
@@ -165,18 +169,36 @@ class BoxDetector(nn.Module):
 
 
 def _backbone(
-    name: str, weights: str | None
+    name: str, start: str | None, fetch: bool
 ) -> tuple[nn.Module, int, list[str], tuple[tuple[int, ...], ...], int]:
     """A backbone, its channels, the maps that boxes are pooled from, sizes of anchors by map, and the head's width."""
     if name == SAM_BACKBONE:
         return EmbeddingPyramid(), _WIDTH, ["0", "1", "2", "3"], _SIZES, _HIDDEN
-    layers = 3 if weights else None  # what learned on photos keeps its first layers
+    learned = start not in (FRESH, None)  # on photos: it keeps its first layers
+    weights = start if fetch and learned else None
+    norm = _group_norm if start == FRESH else FrozenBatchNorm2d
     if name == "resnet50":
         net = resnet_fpn_backbone(
-            backbone_name="resnet50", weights=weights, trainable_layers=layers or 5
+            backbone_name="resnet50",
+            weights=weights,
+            norm_layer=norm,
+            trainable_layers=3 if learned else 5,
         )
         return net, 256, ["0", "1", "2", "3"], _SIZES, 1024
     net = mobilenet_backbone(
-        backbone_name="mobilenet_v3_large", weights=weights, fpn=True, trainable_layers=layers or 6
+        backbone_name="mobilenet_v3_large",
+        weights=weights,
+        fpn=True,
+        norm_layer=norm,
+        trainable_layers=3 if learned else 6,
     )
     return net, 256, ["0", "1"], ((32, 64, 128, 256, 512),) * 3, 1024
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """The norm of fresh layers, over groups of 8 channels, which divide every width of both backbones.
+
+    Frozen batch norms would do nothing to fresh weights, so that signals fade or grow from layer to layer. Batch norms
+    that learn would need many images at once, and depend on which of them a worker has.
+    """
+    return nn.GroupNorm(channels // 8, channels)

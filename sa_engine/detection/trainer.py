@@ -83,7 +83,7 @@ class DetectorTrainer(Trainer[DetectorConfig, Loaded]):
         return Loaded(truth, cached) if len(truth.boxes) else None
 
     def start_step(self) -> None:
-        """All of it learns; torchvision's backbones have their batch norms frozen."""
+        """All of it learns, but for what is frozen in a backbone that began from weights."""
         self.detector.train()
 
     def train_image(self, place: Place, loaded: Loaded, tally: Tally) -> None:
