@@ -56,10 +56,14 @@ def open_round(config: RoundConfig) -> tuple[RunPaths, TrainingData]:
         oversample=config.source_weights(),
         repeat=config.repeat,
         validation=config.validation,
+        sources=config.sources,
+        holdouts=[location(one) for one in config.gate],
         seed=config.seed,
     )
     if config.validation and not data.validation_sets():
-        raise ConfigError("validation leaves no image to measure on: there is only one photo")
+        raise ConfigError(
+            "validation leaves no image to measure on: expected two photos, one of them without empty masks"
+        )
     return paths, data
 
 
@@ -172,8 +176,15 @@ def _start(planned: Plan) -> None:
     ).write(planned.paths)
 
 
-def gate_sets(config: RoundConfig) -> tuple[DataSet, ...]:
-    """The gate's data sets: of a run with held-out images these, of another all; never what is trained on."""
+def gate_sets(config: RoundConfig, data: TrainingData) -> tuple[DataSet, ...]:
+    """The gate's data sets: of a run with held-out images these, of another all.
+
+    Photos that are trained or validated on are left out, by their content, whatever run they lie in.
+
+    Raises:
+        ConfigError: a run that is trained on, or of which nothing is left.
+        SaEngineError: no such run, no masks there, or a mask without pixels.
+    """
     places = [location(one) for one in config.gate]
     trained = {str(location(one)) for one in config.data}
     found = []
@@ -184,7 +195,14 @@ def gate_sets(config: RoundConfig) -> tuple[DataSet, ...]:
                 f"gate {place} is trained on: name another run, or hold images out of it with "
                 f"`sa-engine split {place} --holdout N`"
             )
-        found.append(open_data(place, name, "holdout" if held_out else "all"))
+        split = "holdout" if held_out else "all"
+        found.append(open_data(place, name, split, leave_out=data.has_photo))
+        if not found[-1].image_ids:
+            raise ConfigError(
+                f"gate {place} has no photo that is not trained or validated on: copies of all its "
+                f"{found[-1].left_out} images with masks are in --data; name a run of other photos, or hold some out "
+                f"with `sa-engine split {place} --holdout N`"
+            )
     return tuple(found)
 
 
@@ -227,7 +245,11 @@ def trained_on(data: TrainingData) -> tuple[TrainedOn, ...]:
             fingerprint=one.fingerprint,
             images=one.images,
             masks=one.masks,
-            left_out={"large": one.large_masks, "empty": one.empty_masks},
+            left_out={
+                "large": one.large_masks,
+                "empty": one.empty_masks,
+                "other sources": one.other_masks,
+            },
         )
         for one in data.runs
     )
