@@ -268,7 +268,7 @@ def test_two_workers_on_ray_train_a_round(
         "validation=0",
         "max_masks=2",
         "mask_only_steps=0",
-        "clip_norm=280",
+        "clip_norm=230",
     )
     options = [f"--set={one}" for one in chosen]
     alone, ray = tmp_path / "alone", tmp_path / "ray"

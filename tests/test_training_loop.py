@@ -254,7 +254,7 @@ def record_validations(trainer: SamTrainer, scores: list[float]) -> dict[int, di
 
 @pytest.mark.parametrize("stop", [None, 3])
 def test_the_best_weights_are_kept(stop: int | None, run: Path, tmp_path: Path) -> None:
-    options = {"keep": "best", "validation": 0.1, "validate_every": 1}
+    options = {"keep": "best", "validation": 0.1, "validate_every": 1, "batch_size": 1}
     scores, paths = [0.5, 0.6, 0.8, 0.7, 0.3], RunPaths(tmp_path)
     trainer = make_trainer(
         run, Group(heard=lambda: 15 * (trainer.state.iteration == stop)), **options
