@@ -80,6 +80,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     expected = estimate(
         sam,
+        sam.device,
         loaded=0,  # the masks of this one are there before its steps
         masks_per_image=len(masks),
         masks_per_decode=case["masks_per_decode"],

@@ -39,6 +39,7 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
     set_trainable(sam, config)
     memory = estimate(
         sam,
+        device,
         masks_per_image=config.max_masks,
         masks_per_decode=masks_per_decode(config, device),
         loss_size=config.loss_size,
@@ -46,7 +47,7 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
         bf16=config.precision == "bf16",
     )
     sizes = [(p.requires_grad, p.numel()) for p in sam.parameters()]
-    here = config.num_workers if device.type == "cpu" else 1
+    apart = config.num_workers > 1 or config.ray or config.ray_address
     planned = Plan(
         "retrain",
         config,
@@ -54,10 +55,10 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
         data,
         parent,
         model_fingerprint(sam),
-        round.gate_sets(config),
+        round.gate_sets(config, data),
         (sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)),
         memory,
-        memory.shortage(free_memory(device), here),
+        memory.shortage(free_memory(device), config.num_workers if apart else 0),
     )
     return round.resumed(planned, overwrite)
 

@@ -47,7 +47,7 @@ def plan(config: DetectorConfig, overwrite: bool = False) -> Plan:
         data,
         _parent(config, sam),
         _fingerprint(model, sam),
-        round.gate_sets(config),
+        round.gate_sets(config, data),
         (
             sum(p.numel() for p in model.parameters() if p.requires_grad),
             sum(p.numel() for part in (model, sam) if part is not None for p in part.parameters()),
@@ -80,9 +80,8 @@ def detector_trainer(group: Group, job: Job, state: TrainingState | None) -> Det
     cache = None if sam is None else open_cache(group, job, sam)
     validation = None
     if config.validation:
-        sets = [(one.name, one) for one in job.data.validation_sets()]
-        embed = embedder(sam, config.precision)
-        validation = Validation(ValidationImages(sets, config.validation_images, group), embed)
+        images = ValidationImages(job.data.validation_sets(), config.validation_images, group)
+        validation = Validation(images, embedder(sam, config.precision))
     return DetectorTrainer(config, group, model, job.data, sam, cache, validation, state)
 
 
@@ -165,9 +164,9 @@ def _gate(planned: Plan, sam: Sam | None) -> Callable[[BoxDetector], dict[str, f
     """What measures AR@100 on the gate's images, which are read and embedded once for all detectors."""
     config = planned.config
     device = select_device(config.device)
-    sets = [(one.name, one) for one in planned.gate]
     embed = embedder(None if sam is None else sam.to(device), config.precision)
-    validation = Validation(ValidationImages(sets, config.gate_images, Group(device=device)), embed)
+    images = ValidationImages(planned.gate, config.gate_images, Group(device=device))
+    validation = Validation(images, embed)
 
     def measure(model: BoxDetector) -> dict[str, float]:
         found = validation.measure(model.to(device))

@@ -94,9 +94,7 @@ def test_a_detector_learns_where_the_objects_are(run: Path) -> None:
     """From nothing its anchors find some of the quarters of these eight pictures, afterwards it finds most."""
     trainer = make_trainer(run, iterations=30, batch_size=2, lr=1e-3)
     data = open_data(run, "quarters")
-    validation = Validation(
-        ValidationImages([("quarters", data)], 8, Group()), embedder(trainer.sam, "fp32")
-    )
+    validation = Validation(ValidationImages([data], 8, Group()), embedder(trainer.sam, "fp32"))
     before = validation.measure(trainer.detector)["mean"]
     assert not any(one.requires_grad for one in validation._features.values() if one is not None)
     lines: list[Any] = []

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +17,18 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
-from training import make_run, quarters
+from training import Masks, make_run, quarters
 
 from sa_engine.cache import cache_dir
 from sa_engine.cli import main
+from sa_engine.evaluation.data import open_data
+from sa_engine.holdout import split
 from sa_engine.lineage import lineage
 from sa_engine.modeling.sam import load_sam, model_fingerprint
 from sa_engine.modeling.weights import resolve
 from sa_engine.rounds import read_round
 from sa_engine.storage import RunPaths
+from sa_engine.training import gate
 from sa_engine.training.report import RoundReport
 from sa_engine.training.worker import read_metrics
 
@@ -48,11 +51,16 @@ gate_images: 1
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, photos: list[np.ndarray]) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory, photos: list[np.ndarray]) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for number, photo in enumerate(photos):
         Image.fromarray(photo).reduce(2).save(folder / f"{number}.png")
-    return make_run(folder, tmp_path_factory.mktemp("runs") / "shards", quarters)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(pictures, tmp_path_factory.mktemp("runs") / "shards", quarters)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +148,7 @@ def test_a_finished_round_is_of_its_own_data_and_weights(
     both = invoke(*arguments(shards, folder, f"--out={copied}", f"--data={other}"))
     assert both.exit_code == 2
     assert (
-        f"{copied} is of other data: {shards} (" in both.output
+        f"{copied} is of other data (without what gates hold out): {shards} (" in both.output
         and f", {other} (1 images, " in both.output
     )
     init = invoke(
@@ -279,6 +287,40 @@ def test_the_next_round_has_the_first_as_its_parent(
     assert table.exit_code == 0 and "vit_t" in table.output and table.output.count("\n") >= 3
 
 
+def test_a_ruined_model_is_not_promoted(
+    pictures: Path, shards: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step at a huge rate, judged on what another run of the same photos holds out."""
+    coarse = partial(gate.measure, points_per_side=4)
+    monkeypatch.setattr("sa_engine.training.gate.measure", coarse)
+    judges = make_run(pictures, tmp_path / "judges", quarters)
+    (held_out,) = split(judges, 1).images
+    out = tmp_path / "rounds" / "ruined"
+    result = invoke(*arguments(shards, folder, "--out", str(out), "--gate", str(judges), "--lr", "0.05",
+                               "--iterations", "1", "--set", "validation=0"))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "gate: judges, 1 images\n" in result.stderr
+    assert "data: shards, 3 images, 12 masks; 1 held out\n" in result.stderr
+    info = read_round(out)
+    assert info.gate is not None and not info.gate.promoted
+    assert "mean 1-point mIoU fell from" in info.gate.reason
+    assert f"gate: NOT promoted: {info.gate.reason}" in result.output
+    before, after = info.gate.before, info.gate.after
+    assert before["miou_1pt"] > after["miou_1pt"] + 0.1
+    assert before["miou_box"] > after["miou_box"] + 0.1
+    # Both on the one photo that was held out, and `before` is what the parent makes of it.
+    ((one,), (other,)) = before["data"], after["data"]
+    data = open_data(judges, "judges", "holdout")
+    assert data.image_ids == (held_out["image_id"],)
+    assert (one["images"], one["masks"], one["fingerprint"]) == (1, 4, data.fingerprint)
+    assert (other["images"], other["masks"], other["fingerprint"]) == (1, 4, data.fingerprint)
+    expected = coarse(load_sam(resolve("vit_t")), [data], images=1)
+    assert before["miou_1pt"] == pytest.approx(expected.miou_1pt, abs=1e-6)
+    table = invoke("rounds", str(tmp_path / "rounds"))
+    assert table.exit_code == 0 and f"ruined refused: {info.gate.reason}" in table.output
+    assert f"{before['miou_1pt']:.3f}  {after['miou_1pt']:.3f}" in table.output
+
+
 @pytest.mark.parametrize("command", ["status", "verify", "report"])
 def test_commands_for_shards_say_that_it_is_a_round(
     done: tuple[Path, Result], command: str
@@ -358,16 +400,30 @@ def _lines(out: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
+def different(key: str, height: int, width: int) -> Masks:
+    """One mask on every other picture, two on the others."""
+    return quarters(key, height, width)[: 1 + int(key[0]) % 2]
+
+
 @pytest.mark.slow
 def test_two_workers_on_ray_train_a_round(
-    shards: Path, folder: Path, tmp_path: Path, ray_address: str
+    pictures: Path, folder: Path, tmp_path: Path, ray_address: str
 ) -> None:
-    options: Any = ["--set", "batch_size=2", "--set", "validation=0", "--iterations", "1"]
-    alone = invoke(*arguments(shards, folder, "--out", str(tmp_path / "alone"), *options))
-    assert alone.exit_code == 0, alone.output
-    ray = invoke(*arguments(shards, folder, "--out", str(tmp_path / "ray"), *options, "--ray-address", ray_address,
-                            "--num-workers", "2"))  # fmt: skip
-    assert ray.exit_code == 0, ray.output
-    expected = load_file(tmp_path / "alone" / "model.safetensors")
-    for name, value in load_file(tmp_path / "ray" / "model.safetensors").items():
+    """Steps of two and four masks, of which one is clipped: AdamW alone would hide a wrong scale."""
+    data = make_run(pictures, tmp_path / "data", different)
+    chosen = (
+        "batch_size=2",
+        "iterations=2",
+        "validation=0",
+        "max_masks=2",
+        "mask_only_steps=0",
+        "clip_norm=230",
+    )
+    options = [f"--set={one}" for one in chosen]
+    alone, ray = tmp_path / "alone", tmp_path / "ray"
+    for out, more in ((alone, []), (ray, ["--ray-address", ray_address, "--num-workers", "2"])):
+        result = invoke(*arguments(data, folder, "--out", str(out), *options, *more))
+        assert result.exit_code == 0, result.output
+    expected = load_file(alone / "model.safetensors")
+    for name, value in load_file(ray / "model.safetensors").items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 """Training on a small model, whole: it learns, and stops, resumes and spreads over workers without a trace."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from sa_engine.training.modes import set_trainable, set_training_mode
 from sa_engine.training.optimizer import layer_numbers, make_optimizer, rate
 from sa_engine.training.parallel import run_workers
 from sa_engine.training.plots import plot_curves
-from sa_engine.training.sam import SamTrainer
+from sa_engine.training.round import kept_weights, validation_metrics
+from sa_engine.training.sam import SamTrainer, encode, simulation_of
 from sa_engine.training.state import load_state, save_state
 from sa_engine.training.tally import PARTS
+from sa_engine.training.validation import MEAN
 from sa_engine.training.worker import words
 
 OPTIONS: dict[str, Any] = {
@@ -235,3 +238,96 @@ def test_the_papers_schedule() -> None:
         data=("-",), out="-", schedule="linear", iterations=110, warmup=10, lr=1.0
     )
     assert [rate(linear, at) for at in (4, 10, 60, 109)] == pytest.approx([0.5, 1.0, 0.5, 0.01])
+
+
+def record_validations(trainer: SamTrainer, scores: list[float]) -> dict[int, dict[str, Tensor]]:
+    """Let validations find these scores; gives the weights that each of them was of, by iteration."""
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    def measure() -> dict[str, float]:
+        seen[trainer.state.iteration] = weights(trainer)
+        return {MEAN: scores[trainer.state.iteration]}
+
+    trainer.measure = measure  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_the_best_weights_are_kept(stop: int | None, run: Path, tmp_path: Path) -> None:
+    options = {"keep": "best", "validation": 0.1, "validate_every": 1, "batch_size": 1}
+    scores, paths = [0.5, 0.6, 0.8, 0.7, 0.3], RunPaths(tmp_path)
+    trainer = make_trainer(
+        run, Group(heard=lambda: 15 * (trainer.state.iteration == stop)), **options
+    )
+    seen = record_validations(trainer, scores)
+    assert trainer.run(lambda state: save_state(paths, state), lambda line: None) == (
+        15 if stop else 0
+    )
+    if stop:
+        trainer = make_trainer(run, state=load_state(paths), **options)
+        before, seen = seen, record_validations(trainer, scores)
+        assert trainer.run(lambda state: None, lambda line: None) == 0
+        seen |= before
+    state, last = trainer.state, replace(trainer.config, keep="last")
+    kept, newest = kept_weights(trainer.config, state), kept_weights(last, state)
+    assert kept.keys() == newest.keys() == seen[2].keys()
+    assert all(torch.equal(value, seen[2][name]) for name, value in kept.items())
+    assert all(torch.equal(value, seen[4][name]) for name, value in newest.items())
+    assert any(not torch.equal(value, newest[name]) for name, value in kept.items())
+    told = validation_metrics(trainer.config, state, str)
+    assert told == {"before": {MEAN: 0.5}, "after": {MEAN: 0.8}, "kept_iteration": 2}
+    assert validation_metrics(last, state, str)["after"] == {MEAN: 0.3}
+
+
+def moved(trainer: SamTrainer) -> list[list[Tensor]]:
+    """By how much one run moves the weights, by group of the optimizer."""
+    groups = [one["params"] for one in trainer.optimizer.param_groups]
+    before = [[parameter.detach().clone() for parameter in group] for group in groups]
+    assert trainer.run(lambda state: None, lambda line: None) == 0
+    return [
+        [(new.detach() - old).abs() for new, old in zip(group, ones, strict=True)]
+        for group, ones in zip(groups, before, strict=True)
+    ]
+
+
+def test_the_gradient_is_clipped_to_its_largest_norm(run: Path) -> None:
+    """A step of SGD is as long as the gradient, times the rate."""
+    found = []
+    for clip_norm in (None, 1e-3):
+        trainer = make_trainer(run, iterations=1, warmup=0, lr=10.0, clip_norm=clip_norm)
+        groups = [{"params": one["params"], "scale": 1.0} for one in trainer.optimizer.param_groups]
+        trainer.optimizer = torch.optim.SGD(groups, lr=10.0)  # type: ignore[assignment]
+        steps = [step for group in moved(trainer) for step in group]
+        found.append(
+            float(torch.stack([step.double().square().sum() for step in steps]).sum().sqrt())
+        )
+    free, clipped = found
+    assert free > 0.1 and clipped == pytest.approx(10.0 * 1e-3, rel=0.01)
+
+
+def test_a_step_has_the_rate_of_each_layer(run: Path) -> None:
+    """The first step of AdamW moves a weight by its rate, whatever its gradient."""
+    trainer = make_trainer(
+        run, iterations=1, layer_decay=0.5, weight_decay=0.0, dropout=0.0, drop_path=0.0
+    )
+    steps = moved(trainer)
+    lr = rate(trainer.config, 0)
+    assert lr == pytest.approx(5e-4)  # of warm-up
+    scales = set()
+    for group, step in zip(trainer.optimizer.param_groups, steps, strict=True):
+        assert group["lr"] == pytest.approx(lr * group["scale"])
+        largest = max(float(one.max()) for one in step)
+        assert largest == pytest.approx(lr * group["scale"], rel=0.01)
+        scales.add(group["scale"])
+    assert scales == {1.0, 0.5, 0.25, 0.125}
+
+
+def test_bfloat16_is_of_the_encoder_and_the_decoder(run: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (96, SIDE, 3), np.uint8)
+    with torch.no_grad():
+        exact, rough = (encode(small_sam(), pixels, name) for name in ("fp32", "bf16"))
+    assert rough.dtype == exact.dtype == torch.float32
+    assert 0 < float((rough - exact).abs().max()) < 0.1 * float(exact.abs().max())
+    config = RetrainConfig(**OPTIONS, precision="bf16")
+    assert simulation_of(config, torch.device("cpu")).bf16
+    assert not simulation_of(RetrainConfig(**OPTIONS), torch.device("cpu")).bf16

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from training import SIDE, SIMULATION, discs, small_sam
 
 from sa_engine.modeling.prompt_encoder import BACKGROUND, FOREGROUND
 from sa_engine.modeling.sam import Sam
+from sa_engine.training.losses import Losses, prompt_losses
 from sa_engine.training.prompts import PromptRules, Prompts
 from sa_engine.training.simulate import Simulation, carry_on, enlarge, shrink
 from sa_engine.training.tally import Tally
@@ -193,3 +195,31 @@ def test_small_masks_do_not_vanish_when_shrunk() -> None:
     ragged = torch.from_numpy(discs((20, 20, 9), size=(41, 43)))
     assert shrink(ragged, 4).shape == (1, 11, 11)
     assert torch.equal(shrink(masks, 1), masks)
+
+
+def test_bfloat16_is_of_the_decoder_and_never_of_the_losses(
+    sam: Sam, embedding: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[tuple[Tensor, ...]] = []
+
+    def losses_of(logits: Tensor, iou: Tensor, *more: Any) -> Losses:
+        found = prompt_losses(logits, iou, *more)
+        lost.append((logits, iou, found.total))
+        return found
+
+    monkeypatch.setattr("sa_engine.training.simulate.prompt_losses", losses_of)
+    first = []
+    for bf16 in (False, True):
+        simulation = Watched(loss_size=32, bf16=bf16, prompts=PromptRules(corrections=0))
+        simulation.train(sam, embedding, MASKS, np.random.default_rng(0), Tally())
+        first.append(simulation.steps[0])
+    assert {one.dtype for each in lost for one in each} == {torch.float32}
+    exact, rough = first
+    for name in ("logits", "iou"):
+        one, other = getattr(exact, name), getattr(rough, name)
+        assert not torch.equal(one, other)
+        assert float((one - other).abs().max()) < 0.1 * float(one.abs().max())
+    # Numbers of bfloat16 have eight bits: such are the decoder's, and not what the losses make of them.
+    assert torch.equal(rough.logits, rough.logits.bfloat16().float())
+    totals = lost[-1][2].detach()
+    assert not torch.equal(totals, totals.bfloat16().float())

@@ -1,5 +1,6 @@
 """Validation against the evaluation that users run: the same model, images and masks give the same numbers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,11 @@ def test_validation_measures_what_evaluate_does(
         Image.fromarray(photos[number]).reduce(4).save(tmp_path / "photos" / f"{number}.png")
     data = open_data(make_run(tmp_path / "photos", tmp_path / "run", quarters), "run")
     sam = load_sam(resolve("vit_t"))
-    validation = Validation(ValidationImages([("run", data)], 2, Group()), frozen)
+    validation = Validation(ValidationImages([data], 2, Group()), frozen)
     found = [validation.measure(sam, "fp32") for _ in range(2)]
     assert found[0] == found[1]
-    first_two = [one for one, _ in zip(data, range(2), strict=False)]
-    expected = evaluate_model(Predictor(sam), first_two, Protocol(points=(1,), boxes=True))
+    two = replace(data, image_ids=tuple(sorted(data.sample(2))))
+    expected = evaluate_model(Predictor(sam), two, Protocol(points=(1,), boxes=True))
     assert found[0]["run"] == found[0]["mean"] == pytest.approx(expected.mean("1"), abs=1e-9)
     assert found[0]["box"] == pytest.approx(expected.mean("box"), abs=1e-9)
     # Another model, another number: nothing but the encoder's output is kept.

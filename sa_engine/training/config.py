@@ -144,6 +144,9 @@ class DataOptions(Config):
     max_mask_coverage: float = option(
         0.9, bounds=(0, 1), identity=True, help="Leave out masks over this share of the image."
     )
+    sources: tuple[str, ...] = option(
+        (), identity=True, help="Of the masks trained and validated on, as manual; default: all."
+    )
     oversample: tuple[str, ...] = option(
         (), identity=True, help="source=times, as manual=10; in the paper where stages are mixed."
     )
@@ -162,6 +165,11 @@ class DataOptions(Config):
         if any(times < 1 for times in self.repeat):
             raise ConfigError(f"repeat = {list(self.repeat)}: expected numbers from 1 on")
         self.source_weights()
+        if self.sources:
+            from sa_engine.records import SOURCES
+
+            if unknown := [one for one in self.sources if one not in SOURCES]:
+                raise ConfigError(f"sources = {unknown[0]}: expected some of {', '.join(SOURCES)}")
 
     def source_weights(self) -> dict[str, float]:
         """How often an epoch has an image, by the source of its masks. Raises ConfigError."""

@@ -12,15 +12,22 @@ from functools import lru_cache
 import numpy as np
 
 from sa_engine import rle
-from sa_engine.evaluation.data import DataSet
+from sa_engine.evaluation.data import DataSet, of_sources
 from sa_engine.evaluation.interactive import BOX
 from sa_engine.evaluation.run import short_names
 from sa_engine.finished import FinishedRun
 from sa_engine.modeling.sam import IMAGE_SIZE
-from sa_engine.records import SOURCES, ImageRecord, MaskRecord
+from sa_engine.reader import Source
+from sa_engine.records import ImageRecord, MaskRecord
 from sa_engine.storage import AnyPath
 from sa_engine.training.frame import Frame
-from sa_engine.training.scan import RunSummary, Scan, TrainingDataError, scan_runs
+from sa_engine.training.scan import (
+    RunSummary,
+    Scan,
+    TrainingDataError,
+    photo_number,
+    scan_runs,
+)
 
 # What stands beside the data sets' names in a validation's figures; "mean" is no name of any data set.
 _TAKEN = ("iteration", BOX)
@@ -69,7 +76,7 @@ class TrainingData:
 
     Attributes:
         runs: what is used of each run.
-        fingerprint: sha256 over the runs' fingerprints.
+        fingerprint: sha256 over the fingerprints of what is trained on of the runs, and of what is validated on.
     """
 
     def __init__(
@@ -78,16 +85,19 @@ class TrainingData:
         summaries: Sequence[RunSummary],
         scan: Scan,
         validation: Sequence[DataSet],
+        photos: np.ndarray,
         max_mask_coverage: float,
+        sources: tuple[str, ...],
         seed: int,
     ) -> None:
         self.runs = tuple(summaries)
-        together = "".join(one.fingerprint for one in self.runs)
-        self.fingerprint = hashlib.sha256(together.encode()).hexdigest()
+        fingerprints = [run.fingerprint for run in self.runs]
+        fingerprints += [kept.fingerprint for kept in validation]
+        self.fingerprint = hashlib.sha256("".join(fingerprints).encode()).hexdigest()
         self._finished, self._validation = tuple(runs), tuple(validation)
-        self._run, self._image_id = scan.run, scan.image_id
+        self._run, self._image_id, self._photos = scan.run, scan.image_id, np.unique(photos)
         self._slot_ends = np.cumsum(scan.weight, dtype=np.int64)
-        self._max_mask_coverage, self._seed = max_mask_coverage, seed
+        self._max_mask_coverage, self._sources, self._seed = max_mask_coverage, sources, seed
 
     @classmethod
     def open(
@@ -98,13 +108,16 @@ class TrainingData:
         oversample: Mapping[str, float] | None = None,
         repeat: Sequence[int] = (),
         validation: float = 0.0,
+        sources: Sequence[str] = (),
+        holdouts: Sequence[AnyPath] = (),
         seed: int = 0,
         progress: Callable[[int], object] | None = None,
     ) -> "TrainingData":
         """Read what there is, all records once.
 
         Images that a run's `holdout.json` holds out are neither trained on nor used for validation; nor are copies of
-        them in the other runs.
+        them in the other runs. An image with a mask without pixels, which nothing can be measured on, is not used for
+        validation either, nor are copies of it; it is trained on without that mask.
 
         Args:
             runs: folders of runs of shards.
@@ -115,6 +128,8 @@ class TrainingData:
             validation: share of the images kept from training, chosen by the hashes of their photos: adding images
                 moves none of the others, and copies of a photo stay together. If it is above 0 and there are two
                 different photos, neither side is empty: where the hashes would leave it so, one photo changes sides.
+            sources: of the masks that are trained and validated on, of `SOURCES`; nothing: all, and those without one.
+            holdouts: other runs, whose held-out photos are held out of these too.
             seed: of the order, and of the choice for validation.
             progress: called with the number of images read since the last call.
 
@@ -122,7 +137,6 @@ class TrainingData:
             RunError: no run of shards there, or a damaged one.
             TrainingDataError: nothing to train on, a run named twice, or an option out of its range.
         """
-        weights = _weights(oversample or {})
         places = [str(run) for run in runs]
         _check(places, max_mask_coverage, validation)
         if repeat and len(repeat) != len(places):
@@ -130,22 +144,27 @@ class TrainingData:
                 f"repeat has {len(repeat)} numbers: expected one for each of {len(places)} --data"
             )
         finished = [FinishedRun(run) for run in runs]
-        scan = scan_runs(runs, max_mask_coverage, weights, f"validation:{seed}", progress)
+        scan = scan_runs(
+            runs, max_mask_coverage, oversample or {}, sources, _salt(seed), holdouts, progress
+        )
         usable = ~scan.held_out & (scan.masks > 0)
-        aside = _choose_validation(scan, usable, validation)
+        aside = scan.for_validation(usable, validation)
         names = [f"{name} (data)" if name in _TAKEN else name for name in short_names(places)]
         summaries, sets = [], []
         for run, (name, out) in enumerate(zip(names, runs, strict=True)):
             own = scan.run == run
             if (own & aside).any():
-                sets.append(scan[own & aside].data_set(name, out))
+                sets.append(scan[own & aside].data_set(name, out, sources))
             summaries.append(scan[own].summary(name, out, usable[own], aside[own]))
         trained = scan[usable & ~aside]
         if not len(trained):
             raise TrainingDataError(_nothing_left(summaries))
         if repeat:
             trained.weight[:] *= np.array(repeat, np.int32)[trained.run]
-        return cls(finished, summaries, trained, sets, max_mask_coverage, seed)
+        photos = scan.photo[usable]
+        return cls(
+            finished, summaries, trained, sets, photos, max_mask_coverage, tuple(sources), seed
+        )
 
     def __len__(self) -> int:
         return len(self._image_id)
@@ -243,14 +262,21 @@ class TrainingData:
         """What is kept aside of each run, as `evaluate_model` wants it; runs of which nothing is are not there."""
         return list(self._validation)
 
+    def has_photo(self, image: Source) -> bool:
+        """Whether an image of any run is trained on or kept to validate on, by its content as `photo_hash` knows it."""
+        number = np.uint64(photo_number(image, _salt(self._seed)))
+        place = int(np.searchsorted(self._photos, number))
+        return place < len(self._photos) and self._photos[place] == number
+
     def _record(self, index: int) -> tuple[int, ImageRecord]:
         run = int(self._run[index])
         return run, self._finished[run].record(int(self._image_id[index]))
 
     def _usable(self, record: ImageRecord) -> list[MaskRecord]:
-        """An image's masks that are neither empty nor too large."""
+        """An image's masks of a source that is trained on which are neither empty nor too large."""
         most = self._max_mask_coverage * (record.height * record.width)
-        return [mask for mask in record.masks if 0 < mask.area <= most]
+        wanted = of_sources(record, self._sources)
+        return [mask for mask in wanted if 0 < mask.area <= most]
 
     def _masks(
         self, record: ImageRecord, frame: Frame, count: int, rng: np.random.Generator
@@ -285,37 +311,17 @@ def _check(places: Sequence[str], max_mask_coverage: float, validation: float) -
         raise TrainingDataError(f"--data names a folder twice: {', '.join(places)}")
 
 
-def _weights(oversample: Mapping[str, float]) -> np.ndarray:
-    """The weight of each of `SOURCES`, and of no source: (S + 1,) int64. Raises TrainingDataError."""
-    for source, weight in oversample.items():
-        if source not in SOURCES:
-            raise TrainingDataError(
-                f"oversample names the source {source!r}: expected one of {', '.join(SOURCES)}"
-            )
-        if weight < 1 or weight != int(weight):
-            raise TrainingDataError(
-                f"oversample of {source} is {weight}: expected a whole number from 1 on"
-            )
-    return np.array([*(oversample.get(source, 1) for source in SOURCES), 1], np.int64)
-
-
-def _choose_validation(scan: Scan, usable: np.ndarray, share: float) -> np.ndarray:
-    """Which images are kept for validation: (N,) bool, a part of `usable`."""
-    hashes = scan.photo[usable]
-    if share == 0 or not len(hashes):
-        return np.zeros_like(usable)
-    least, most = hashes.min(), hashes.max()
-    chosen = scan.photo < np.uint64(int(share * 2**64))
-    if least < most:
-        chosen |= scan.photo == least
-        chosen &= scan.photo != most
-    return usable & chosen
+def _salt(seed: int) -> str:
+    """Of the hashes by which photos are kept for validation."""
+    return f"validation:{seed}"
 
 
 def _nothing_left(summaries: Sequence[RunSummary]) -> str:
     told = [
         f"{one.out}: {one.held_out} held out, {one.validation_images} for validation, "
         f"{one.without_masks} without masks, {one.without_usable_masks} with none that can be used"
+        + f" ({one.other_masks} masks are of other sources)"
+        * (one.other_masks > 0)
         for one in summaries
     ]
     return f"there is no image to train on; {'; '.join(told)}; `sa-engine status` says how far a run is"

@@ -135,7 +135,7 @@ def _measure(
     generator: MaskGenerator, run: DataSet, protocol: Protocol, images: int, automatic: int
 ) -> DataFigures:
     # Drawn in random order, so that those for automatic masks are a random sample too.
-    drawn = np.random.default_rng(protocol.seed).permutation(run.image_ids)[:images].tolist()
+    drawn = run.sample(images, protocol.seed)
     scores, found = [], []
     for record, image in replace(run, image_ids=tuple(sorted(drawn))):
         if record.masks:

@@ -43,7 +43,7 @@ class MemoryEstimate:
         encoder: activations of the image encoder, of one image: the loop takes one after another. 0 if it is frozen.
         decoder: activations and losses of one decode.
         samples: pixels and masks of the images that are loaded; never on a GPU.
-        on_gpu: whether the model is on one.
+        on_gpu: whether it will be trained on one, which has nothing of it yet.
     """
 
     process: int
@@ -60,11 +60,18 @@ class MemoryEstimate:
         """All of it, wherever it is."""
         return sum(self._parts().values())
 
-    @property
-    def to_come(self) -> int:
-        """What training will take on the device on which the model is already."""
-        step = self.gradients + self.optimizer + self.encoder + self.decoder
-        return step if self.on_gpu else step + self.samples
+    def needed(self, started: int = 0) -> int:
+        """Bytes that training will take of the device, besides what this process, which has planned it, has taken.
+
+        Args:
+            started: processes that will train, each with all it takes; 0: this one does, which is there with the
+                model. On GPUs every process has its own, and this is of one.
+        """
+        if self.on_gpu:
+            return self.total - self.process - self.samples
+        if started:
+            return started * self.total
+        return self.total - self.process - self.weights
 
     def _parts(self) -> dict[str, int]:
         return {
@@ -82,14 +89,14 @@ class MemoryEstimate:
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self._parts().items())
         return f"about {self.total / 1e9:.1f} GB of memory for each worker: {parts}"
 
-    def shortage(self, free: float, workers: int = 1) -> str | None:
+    def shortage(self, free: float, started: int = 0) -> str | None:
         """What to lower if it will not fit; None if it will.
 
         Args:
-            free: bytes of the device, with the model on it, as of :func:`free_memory`.
-            workers: that share them.
+            free: bytes of the device, as of :func:`free_memory`.
+            started: see `needed`.
         """
-        needed = self.to_come * workers
+        needed = self.needed(started)
         if needed <= free:
             return None
         advice = {
@@ -98,8 +105,9 @@ class MemoryEstimate:
             self.decoder: "a smaller masks_per_decode or loss_size, or precision = bf16",
             0 if self.on_gpu else self.samples: "a smaller max_masks",
         }
-        fewer = ", or fewer workers" if workers > 1 else ""
-        who = f"{workers} workers" if workers > 1 else "training"
+        sharing = started > 1 and not self.on_gpu
+        fewer = ", or fewer workers" if sharing else ""
+        who = f"{started} workers" if sharing else "training"
         return (
             f"{who} will take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: the system "
             f"may end it. What helps most: {advice[max(advice)]}{fewer}"
@@ -108,6 +116,7 @@ class MemoryEstimate:
 
 def estimate(
     sam: Sam,
+    device: torch.device,
     *,
     loaded: int = _LOADED,
     masks_per_image: int,
@@ -124,7 +133,8 @@ def estimate(
     and the rest is in `process`. vit_b is counted only: 6.60 and 2.32 GB. A GPU's attention keeps less.
 
     Args:
-        sam: in training, where it will be trained; nothing runs there.
+        sam: in training, wherever it is now; it does not run.
+        device: on which it will be trained.
         loaded: images that are there with their masks at once.
         masks_per_image: as many as an image can have.
         masks_per_decode: objects that are prompted at once.
@@ -143,7 +153,7 @@ def estimate(
         encoder=int(_encoder_activations(sam, checkpointing) * encoder),
         decoder=int(_decoder_activations(sam, masks_per_decode) * decoder) + losses,
         samples=loaded * (masks_per_image + 3) * sam.image_size**2,
-        on_gpu=sam.device.type == "cuda",
+        on_gpu=device.type == "cuda",
     )
 
 

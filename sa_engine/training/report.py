@@ -66,6 +66,7 @@ class Plan:
             kept = f"; {run.validation_images} images to validate on" * (run.validation_images > 0)
             held = f"; {run.held_out} held out" * (run.held_out > 0)
             left = f"; {run.large_masks} masks too large" * (run.large_masks > 0)
+            left += f"; {run.other_masks} masks of other sources" * (run.other_masks > 0)
             lines.append(
                 f"data: {run.name}, {run.images} images, {run.masks} masks{kept}{held}{left}"
             )
@@ -78,7 +79,9 @@ class Plan:
             lines.append(str(self.memory))
         if self.shortage is not None:
             lines.append(f"warning: {self.shortage}")
-        lines += [f"gate: {one.name}, {len(one.image_ids)} images" for one in self.gate]
+        for one in self.gate:
+            left = f"; {one.left_out} left out, which are in the data" * (one.left_out > 0)
+            lines.append(f"gate: {one.name}, {len(one.image_ids)} images{left}")
         return "\n".join([*lines, f"output: {self.paths.out}"])
 
 

@@ -59,10 +59,14 @@ def open_round(config: RoundConfig) -> tuple[RunPaths, TrainingData]:
         oversample=config.source_weights(),
         repeat=config.repeat,
         validation=config.validation,
+        sources=config.sources,
+        holdouts=[location(one) for one in config.gate],
         seed=config.seed,
     )
     if config.validation and not data.validation_sets():
-        raise ConfigError("validation leaves no image to measure on: there is only one photo")
+        raise ConfigError(
+            "validation leaves no image to measure on: expected two photos, one of them without empty masks"
+        )
     return paths, data
 
 
@@ -75,7 +79,10 @@ def resumed(planned: Plan, overwrite: bool) -> Plan:
     before, now = read_info(paths), _identity(planned)
     was = {"stage": before.stage, **before.identity}
     check_same(paths, was, {"stage": planned.stage, **identity_values(planned.config)})
-    for what, key in (("data", _DATA), ("weights to start from", _INIT)):
+    for what, key in (
+        ("data (without what gates hold out)", _DATA),
+        ("weights to start from", _INIT),
+    ):
         if was.get(key) != now[key]:
             raise RunError(
                 f"{paths.out} is of other {what}: {before.model.get(key, was.get(key))}; and now "
@@ -240,8 +247,15 @@ def _start(planned: Plan) -> None:
     ).write(planned.paths)
 
 
-def gate_sets(config: RoundConfig) -> tuple[DataSet, ...]:
-    """The gate's data sets: of a run with held-out images these, of another all; never what is trained on."""
+def gate_sets(config: RoundConfig, data: TrainingData) -> tuple[DataSet, ...]:
+    """The gate's data sets: of a run with held-out images these, of another all.
+
+    Photos that are trained or validated on are left out, by their content, whatever run they lie in.
+
+    Raises:
+        ConfigError: a run that is trained on, or of which nothing is left.
+        SaEngineError: no such run, no masks there, or a mask without pixels.
+    """
     places = [location(one) for one in config.gate]
     trained = {str(location(one)) for one in config.data}
     found = []
@@ -252,7 +266,14 @@ def gate_sets(config: RoundConfig) -> tuple[DataSet, ...]:
                 f"gate {place} is trained on: name another run, or hold images out of it with "
                 f"`sa-engine split {place} --holdout N`"
             )
-        found.append(open_data(place, name, "holdout" if held_out else "all"))
+        split = "holdout" if held_out else "all"
+        found.append(open_data(place, name, split, leave_out=data.has_photo))
+        if not found[-1].image_ids:
+            raise ConfigError(
+                f"gate {place} has no photo that is not trained or validated on: copies of all its "
+                f"{found[-1].left_out} images with masks are in --data; name a run of other photos, or hold some out "
+                f"with `sa-engine split {place} --holdout N`"
+            )
     return tuple(found)
 
 
@@ -295,7 +316,11 @@ def trained_on(data: TrainingData) -> tuple[TrainedOn, ...]:
             fingerprint=one.fingerprint,
             images=one.images,
             masks=one.masks,
-            left_out={"large": one.large_masks, "empty": one.empty_masks},
+            left_out={
+                "large": one.large_masks,
+                "empty": one.empty_masks,
+                "other sources": one.other_masks,
+            },
         )
         for one in data.runs
     )

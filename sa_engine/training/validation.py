@@ -1,38 +1,40 @@
 """How good a model is in the middle of its training, on images that are not trained on."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
+from sa_engine.evaluation.data import DataSet
 from sa_engine.evaluation.interactive import BOX, ImageScores, Protocol, evaluate_image
 from sa_engine.modeling.sam import Sam
 from sa_engine.predictor import Predictor
 from sa_engine.records import ImageRecord
 from sa_engine.training.group import Group
 
-Images = Iterable[tuple[ImageRecord, np.ndarray]]
 MASKS_PER_IMAGE = 20
 _PROTOCOL = Protocol(points=(1,), boxes=True, max_masks=MASKS_PER_IMAGE)
 MEAN = "mean"
 
 
 class ValidationImages:
-    """A fixed sample of images, each worker's share of them in its memory.
+    """A sample of images, each worker's share of them in its memory.
+
+    It is random, as photos in the order of their names may be sorted by scene, and always the same for the same sets.
 
     Args:
-        sets: by name, images with their masks.
+        sets: images with their masks, by different names.
         images: of each set, at most.
         group: of the workers, which share the work.
     """
 
-    def __init__(self, sets: Sequence[tuple[str, Images]], images: int, group: Group) -> None:
+    def __init__(self, sets: Sequence[DataSet], images: int, group: Group) -> None:
         self._group = group
-        self._sets = [
-            (name, list(islice(islice(found, images), group.rank, None, group.size)))
-            for name, found in sets
-        ]
+        self._sets = []
+        for one in sets:
+            own = sorted(one.sample(images))[group.rank :: group.size]
+            self._sets.append((one.name, list(replace(one, image_ids=tuple(own)))))
 
     def means(
         self,

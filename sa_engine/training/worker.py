@@ -87,9 +87,8 @@ def sam_trainer(group: Group, job: Job, state: TrainingState | None) -> SamTrain
     cache = open_cache(group, job, sam) if config.cached else None
     validation = None
     if config.validation:
-        sets = [(one.name, one) for one in job.data.validation_sets()]
-        frozen = not config.train_encoder
-        validation = Validation(ValidationImages(sets, config.validation_images, group), frozen)
+        images = ValidationImages(job.data.validation_sets(), config.validation_images, group)
+        validation = Validation(images, frozen=not config.train_encoder)
     return SamTrainer(config, group, sam, job.data, cache, validation, state)
 
 
