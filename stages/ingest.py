@@ -22,10 +22,9 @@ from sa_engine.formats.matching import match_images
 from sa_engine.formats.model import AnnotatedImage, Annotation, FormatError, Parsed, Runs
 from sa_engine.formats.raster import rasterize
 from sa_engine.images import decode_image, read_orientation, upright_mask
-from sa_engine.pairing import PairingError
 from sa_engine.partial import LEFT_OUT, Failure, Finished, finished_record, one_line
 from sa_engine.plan import PlannedImage
-from sa_engine.records import ImageRecord, MaskRecord, mask_id
+from sa_engine.records import MaskRecord, mask_id
 from sa_engine.release import released_image
 from sa_engine.returns import PrefilledRun
 from sa_engine.rle import RLE
@@ -153,28 +152,12 @@ class IngestWorker:
         record, jpeg = released_image(item, photo.image, photo.sha256, masks, self.config)
         left_out = list(result.left_out)
         if self.prefilled is not None:
-            record, deleted = self._sorted(record, self.prefilled)
+            record, deleted = self.prefilled.sort(record)
             left_out += [
                 _left_out(item, "prefilled masks", f"the annotator deleted mask {mask.id}")
                 for mask in deleted
             ]
         return finished_record(record, jpeg, left_out=left_out)
-
-    def _sorted(
-        self, record: ImageRecord, prefilled: PrefilledRun
-    ) -> tuple[ImageRecord, list[MaskRecord]]:
-        """What became of the masks that annotators were shown, see `PrefilledRun.sort`."""
-        found = prefilled.sort(record)
-        if found is not None:
-            return found
-        if not self.config.allow_unmatched:
-            raise PairingError(
-                f"{prefilled.out} has no such image, by its photo's content or name: --prefill names the run that was "
-                "handed out; --allow-unmatched takes all masks of the image as added"
-            )
-        return replace(
-            record, masks=tuple(replace(one, edit_status="added") for one in record.masks)
-        ), []
 
     def _record(
         self, item: PlannedImage, index: int, annotation: Annotation, mask: RLE

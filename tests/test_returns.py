@@ -164,7 +164,7 @@ def test_tools_files_come_back(
     prefilled: Path, tmp_path: Path, name: str, work: Callable[[Path], str]
 ) -> None:
     dest = hand_out(prefilled, tmp_path / "handout", name)
-    result = take_back(prefilled, dest, work(dest), tmp_path / "returned", "--allow-unmatched")
+    result = take_back(prefilled, dest, work(dest), tmp_path / "returned")
     assert result.exit_code == 0 and "1 prefilled masks left out" in result.output, result.output
     large, small = (by_photo(prefilled)[photo] for photo in ("coffee.png", "small.png"))
     found = fates(tmp_path / "returned")
@@ -189,9 +189,6 @@ def test_an_image_that_was_not_prefilled_is_told(prefilled: Path, tmp_path: Path
     assert result.exit_code == 3
     told = CliRunner().invoke(main, ["errors", "--list", str(tmp_path / "returned")]).output
     assert "--prefill names the run that was handed out" in told and "other.jpg" in told
-    result = take_back(prefilled, dest, "annotations.json", tmp_path / "all", "--allow-unmatched")
-    assert result.exit_code == 0, result.output
-    assert fates(tmp_path / "all")["other.jpg"] == [("added", None)]
 
 
 def test_a_run_that_is_not_finished_or_none_is_refused(prefilled: Path, tmp_path: Path) -> None:
