@@ -2,7 +2,7 @@
 
 What a tool wrote is read by ``sa_engine/formats``; each annotated image finds its photo by name, and its masks become
 pixels of the upright photo, as they are: overlaps and holes stay, nothing is clipped. What does not come in, because it
-is an exact double, has no pixel, or is a crowd, is counted and listed.
+is an exact double, has no pixel, or is a crowd, is counted and listed; so are photos that no annotator has submitted.
 """
 
 import hashlib
@@ -110,6 +110,9 @@ class IngestWorker:
         """Decode a photo, upright."""
         if item.key not in self.matched:
             raise runner.SkipImage("no annotations name it (--allow-unmatched)")
+        annotated, _ = self.matched[item.key]
+        if not annotated.submitted:
+            raise runner.SkipImage(f"no annotator has submitted it ({annotated.source})")
         image = decode_image(data)
         return Decoded(image, read_orientation(data), hashlib.sha256(data).hexdigest())
 

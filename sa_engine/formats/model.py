@@ -101,6 +101,7 @@ class AnnotatedImage:
         annotations: in its order.
         source: the file that says so, for messages.
         sha256: hex, of the picture's file, if the format holds its bytes.
+        submitted: whether an annotator is done with it; if not, that it has no masks says nothing.
     """
 
     name: str
@@ -109,6 +110,7 @@ class AnnotatedImage:
     annotations: tuple[Annotation, ...]
     source: str
     sha256: str | None = None
+    submitted: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
