@@ -12,6 +12,7 @@ from sa_engine.run_dir import read_run
 from sa_engine.shards import read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths
 
+DELETED = "prefilled masks"  # left out of a run: its annotators deleted them
 _COLUMNS = ("image_id", "file_name", "source_path", "sha256")
 
 

@@ -26,7 +26,7 @@ from sa_engine.partial import LEFT_OUT, Failure, Finished, finished_record, one_
 from sa_engine.plan import PlannedImage
 from sa_engine.records import MaskRecord, mask_id
 from sa_engine.release import released_image
-from sa_engine.returns import PrefilledRun
+from sa_engine.returns import DELETED, PrefilledRun
 from sa_engine.rle import RLE
 from sa_engine.run_dir import images_folder, planned_keys
 from sa_engine.storage import AnyPath, RunError, location, sha256_file
@@ -157,7 +157,7 @@ class IngestWorker:
         if self.prefilled is not None:
             record, deleted = self.prefilled.sort(record)
             left_out += [
-                _left_out(item, "prefilled masks", f"the annotator deleted mask {mask.id}")
+                _left_out(item, DELETED, f"the annotator deleted mask {mask.id}")
                 for mask in deleted
             ]
         return finished_record(record, jpeg, left_out=left_out)

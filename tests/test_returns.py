@@ -111,10 +111,11 @@ def test_the_loop_comes_out_exactly_as_it_was_done(prefilled: Path, tmp_path: Pa
     assert len(masks) == 4 + 2 - 1
     report = CliRunner().invoke(main, ["report", str(tmp_path / "returned"), "--json"])
     (row,) = json.loads(report.output)["stages"]
-    assert row["masks_per_image_prefilled"] == 1 and row["masks_per_image_added"] == 2 / 3
-    assert row["share_kept"] == 2 / 3 and row["seconds_per_added_mask_mean"] is None
+    assert row["masks_per_image_prefilled"] == 4 / 3 and row["masks_per_image_added"] == 2 / 3
+    assert (row["share_kept"], row["share_deleted"]) == (2 / 4, 1 / 4)
+    assert row["seconds_per_added_mask_mean"] is None
     table = CliRunner().invoke(main, ["report", str(tmp_path / "returned")])
-    assert "prefilled per image" in table.output and "66.7%" in table.output
+    assert "prefilled per image" in table.output and "50.0%    25.0%" in table.output
     agreed = CliRunner().invoke(main, ["audit", str(prefilled), str(tmp_path / "returned")]).output
     assert "masks: 2 kept, 1 edited, 1 deleted, 2 added" in agreed
 
