@@ -147,6 +147,19 @@ def test_part_of_a_hand_out_comes_back_and_nothing_else_with_it(tmp_path: Path) 
     assert "take in images that were not prefilled by themselves" in reasons(tmp_path / "other")
 
 
+@pytest.mark.parametrize("name", ["cvat", "label-studio", "labelme", "coco-rle"])
+def test_photos_of_one_name_come_back_by_their_own_names(tmp_path: Path, name: str) -> None:
+    run = shown(draw(tmp_path, ["a/x 1.png", "b/x 1.png", "x 1.png"]))
+    dest = tmp_path / "handout"
+    result = sa_engine("export", run, "--format", name, "--with-images", "--out", dest)
+    assert result.exit_code == 0, result.output
+    pictures = dest if name == "labelme" else dest / "images"
+    result = ingest(pictures, dest, tmp_path / "back", "--prefill", run)
+    assert result.exit_code == 0, result.output
+    found = fates(tmp_path / "back")
+    assert found == {f"{folder}x 1.jpg": ["kept", "kept"] for folder in ("a/", "b/", "")}
+
+
 def test_photos_may_be_called_as_pictures_are(tmp_path: Path) -> None:
     """SA-1B's are; by their order image 2 is made of sa_10, and its picture is called sa_2."""
     run = shown(draw(tmp_path, [f"sa_{n}.png" for n in range(1, 13)]))
