@@ -125,9 +125,8 @@ class PrefilledRun:
         return set() if self._knows_photos else named
 
     def _expected(self) -> str:
-        if self._run.has_pictures:
-            return "its released picture (`export --with-images`) or of its photo"
-        return "its photo, as that run has no pictures"
+        known = ["its released picture (`export --with-images`)"] * self._run.has_pictures
+        return " or ".join([*known, *["its photo"] * self._knows_photos])
 
 
 def _told(mask: MaskRecord, pair: Pair) -> MaskRecord:

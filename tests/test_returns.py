@@ -136,6 +136,7 @@ def without_first_cvat(dest: Path) -> str:
 def without_first_label_studio(dest: Path) -> str:
     """Predictions become annotations when an annotator submits them."""
     tasks = json.loads((dest / "tasks.json").read_text())
+    assert not any(task["annotations"] for task in tasks), "nobody has looked at them yet"
     for task in tasks:
         results = [one for each in task.pop("predictions") for one in each["result"]]
         task["annotations"] = [{"result": results[1:] if len(results) == 3 else results}]

@@ -91,7 +91,7 @@ def test_a_return_of_another_run_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 3, result.output
     told = reasons(tmp_path / "wrong run")
     assert f"image 1 of {other} is called so, and is another" in told
-    assert "expected the bytes of its released picture" in told
+    assert "the bytes of its released picture (`export --with-images`) or its photo;" in told
     result = take_back(second, first, other, tmp_path / "wrong file")
     assert result.exit_code == 3, result.output
     told = reasons(tmp_path / "wrong file")
@@ -113,7 +113,7 @@ def test_of_a_run_without_pictures_the_photos_are_expected(tmp_path: Path) -> No
     prefilled = PrefilledRun(run)
     first, second = iter_records(run)
     assert prefilled.sort(first)[0].masks[0].edit_status == "kept"
-    with pytest.raises(PairingError, match="expected the bytes of its photo, as that run has no"):
+    with pytest.raises(PairingError, match="expected the bytes of its photo; --prefill"):
         prefilled.sort(replace(first, sha256="0" * 64))
     renamed, deleted = prefilled.sort(replace(second, source_path="else.png", masks=()))
     assert renamed.sha256 == second.sha256 and len(deleted) == 2

@@ -226,8 +226,8 @@ def _objects(value: Any, what: str) -> list[dict[str, Any]]:
 def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str, bytes]]:
     """`tasks.json`, and `labeling_config.txt` for the project. Pictures are sought in Label Studio's local files.
 
-    Masks that people drew are annotations, one of each annotator and time; those of models are predictions. Who drew
-    them stays out: Label Studio takes no user that it does not know.
+    Masks that people drew are annotations, one of each annotator and time, and an empty one where they drew none; those
+    of models are predictions. Who drew them stays out: Label Studio takes no user that it does not know.
     """
     yield "labeling_config.txt", _CONFIG.encode()
     comma = b"[\n"
@@ -235,6 +235,8 @@ def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str,
         path = f"{writing.pictures}/{image.name}" if writing.pictures else image.name
         by_models = [mask for mask in image.record.masks if mask.source in _BY_MODELS]
         people: dict[tuple[str | None, float | None], list[MaskRecord]] = {}
+        if writing.by_people and not image.record.masks:
+            people[None, None] = []  # else nobody would have looked at it
         for mask in image.record.masks:
             if mask.source not in _BY_MODELS:
                 time_s = mask.time_s if mask.time_scope == "image" else None

@@ -153,11 +153,13 @@ class Writing:
     Attributes:
         pictures: folder of the pictures, relative to the output: "" beside the annotations.
         tolerance: pixels by which an outline may be simplified; 0 for all corners.
+        by_people: whether people drew the masks, so that an image without any is one in which they found nothing.
         lost: what the format cannot hold, by reason: how often.
     """
 
     pictures: str = "images"
     tolerance: float = 0.0
+    by_people: bool = False
     lost: Counter[str] = field(default_factory=Counter)
 
 
