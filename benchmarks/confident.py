@@ -101,9 +101,11 @@ def score_of(mask: MaskRecord) -> float:
 def read(prefilled: Path, truth: Path) -> Scored:
     """A run's masks with their best IoU."""
     index = ImageIndex(truth, iter_records(truth))
+    run = FinishedRun(prefilled)
     drawn, truths, scores = [], [], []
     for record in iter_records(prefilled):
-        true = index.take(record, prefilled, "make both with the same short_side")
+        advice = "make both with the same short_side"
+        true = index.take(record, prefilled, advice, run.picture_sha256)
         if true is None or not true.masks:
             continue
         iou = rle.iou([m.segmentation for m in record.masks], [m.segmentation for m in true.masks])

@@ -16,6 +16,7 @@ import numpy as np
 
 from sa_engine import pictures, rle
 from sa_engine.errors import SaEngineError
+from sa_engine.finished import FinishedRun
 from sa_engine.pairing import ImageIndex, Pair, pair_masks
 from sa_engine.reader import iter_records
 from sa_engine.records import ImageRecord, MaskRecord
@@ -135,15 +136,15 @@ def compare(before: AnyPath, after: AnyPath) -> Agreement:
         after: the run that the corrected masks were ingested into.
 
     Raises:
-        PairingError: two images of one name, or an image of two sizes.
+        PairingError: two images of one name, an image of two sizes, or one that may be two.
         AuditError: no image in both.
         RunError: no run there.
     """
     index = ImageIndex(after, iter_records(after))
     advice = "correct the pictures that `sa-engine export --with-images` writes"
-    found = []
+    run, found = FinishedRun(before), []
     for record in iter_records(before):
-        other = index.take(record, before, advice)
+        other = index.take(record, before, advice, run.picture_sha256)
         if other is not None:
             found.append(ImagePairs(record, other, pair_masks(record.masks, other.masks)))
     if not found:

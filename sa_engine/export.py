@@ -107,7 +107,8 @@ def export(
         raise ExportError(f"{out} has no pictures in its shards: export without --with-images")
     chosen = EXPORT_FORMATS[format_name]
     original = chosen.original_names if names is None else names == "original"
-    writing = Writing(pictures=chosen.pictures, tolerance=tolerance)
+    by_people = info.stage == "ingest" and not info.config.get("prefill")
+    writing = Writing(pictures=chosen.pictures, tolerance=tolerance, by_people=by_people)
     in_split = chooser(out, split)
     wanted = frozenset(ids)
     reading = _Reading(out, original, pictures)

@@ -107,13 +107,19 @@ class FinishedRun:
         It is over the JPEG file, or if the run has no pictures over the photo's hash and the released size.
         Raises RunError as `picture`.
         """
-        if self.has_pictures:
-            with self._told(record.image_id) as shard:
-                content = self._read_member(shard, record.image_id, ".jpg")
-        else:
-            photo = record.sha256 or f"{self.config['images']} {record.source_path}"
-            content = f"{photo} {record.width} {record.height}".encode()
-        return hashlib.sha256(content).hexdigest()
+        if picture := self.picture_sha256(record.image_id):
+            return picture
+        # What came back from annotators has the hash of the photo that they were shown a picture of.
+        known = None if self.config.get("prefill") else record.sha256
+        photo = known or f"{self.config['images']} {record.source_path}"
+        return hashlib.sha256(f"{photo} {record.width} {record.height}".encode()).hexdigest()
+
+    def picture_sha256(self, image_id: int) -> str | None:
+        """Sha256 (hex) of a released image's JPEG file; None if the run has none. Raises RunError as `picture`."""
+        if not self.has_pictures:
+            return None
+        with self._told(image_id) as shard:
+            return hashlib.sha256(self._read_member(shard, image_id, ".jpg")).hexdigest()
 
     @contextmanager
     def _told(self, image_id: int) -> Iterator[int]:

@@ -1,7 +1,8 @@
 """Two versions of the same masks: which image is which, and which mask became which."""
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -14,6 +15,7 @@ from sa_engine.records import ImageRecord, MaskRecord
 from sa_engine.storage import AnyPath
 
 LEAST_IOU = 0.5  # of a pair that is found without an id
+_RELEASED = re.compile(r"sa_[0-9]+")  # what a picture is called in every run
 
 
 class PairingError(SaEngineError):
@@ -23,9 +25,9 @@ class PairingError(SaEngineError):
 class ImageIndex:
     """The images of a run, to be found by those of another run; each is found once.
 
-    Images are the same if their photos have the same bytes, else if their photos have the same name, with or without
-    its suffix, or if one's photo is called as the other's released picture: so it is when what
-    `export --with-images` wrote was corrected.
+    Images are the same if their photos have the same bytes, else if one's photo is the other's released picture: so it
+    is when what `export --with-images` wrote was corrected; else if their photos have the same name, with or without
+    its suffix. `sa_<number>`, as pictures are called in every run, decides only where content is not known.
 
     Args:
         out: the run's folder, for messages.
@@ -46,28 +48,59 @@ class ImageIndex:
             self.rest[name] = record
             self._copies[record.sha256 or ""].append(name)
 
-    def take(self, record: ImageRecord, out: AnyPath, advice: str) -> ImageRecord | None:
+    def take(
+        self,
+        record: ImageRecord,
+        out: AnyPath,
+        advice: str,
+        picture_sha256: Callable[[int], str | None],
+    ) -> ImageRecord | None:
         """The image that `record` is of, no longer in `rest`; None if there is none.
 
         Args:
             record: an image of another run.
             out: that run's folder, for messages.
             advice: what to do if the images differ in size.
+            picture_sha256: that run's `FinishedRun.picture_sha256`; asked for images that are found by name alone.
 
         Raises:
-            PairingError: an image of two sizes.
+            PairingError: an image of two sizes, or two images, by its photo's name and its picture's.
         """
-        names = [stem(record.source_path or ""), stem(record.file_name)]
         copies = self._copies[record.sha256] if record.sha256 else []
         # Of copies of a photo, first the one of the same name.
-        names = [*sorted(copies, key=lambda name: name != names[0]), *names]
-        other = next((self.rest.pop(name) for name in names if name in self.rest), None)
+        copies = sorted(copies, key=lambda name: name != stem(record.source_path or ""))
+        name = next((name for name in copies if name in self.rest), None)
+        if name is None:
+            name = self._called(record, out, picture_sha256)
+        other = None if name is None else self.rest.pop(name)
         if other and (other.width, other.height) != (record.width, record.height):
             raise PairingError(
                 f"{record.source_path} has {record.width} x {record.height} pixels in {out}, and {other.width} x "
                 f"{other.height} in {self.out}: {advice}"
             )
         return other
+
+    def _called(
+        self, record: ImageRecord, out: AnyPath, picture_sha256: Callable[[int], str | None]
+    ) -> str | None:
+        """The name of an image of which there is no photo of the same bytes."""
+        both = dict.fromkeys((stem(record.source_path or ""), stem(record.file_name)))
+        names = [name for name in both if name in self.rest]
+        if not names:
+            return None
+        released = picture_sha256(record.image_id)
+        told = {name: released and self.rest[name].sha256 for name in names}
+        for name in names:
+            if told[name] and told[name] == released:
+                return name
+        left = [name for name in names if not (told[name] and _RELEASED.fullmatch(name))]
+        if len(left) > 1:
+            raise PairingError(
+                f"image {record.image_id} of {out} may be {left[0]} of {self.out}, by its photo's name, or {left[1]}, "
+                "by its picture's, and their content is not known: take runs with pictures and Parquet, or photos "
+                "that are not called sa_<number>"
+            )
+        return left[0] if left else None
 
 
 def stem(name: str) -> str:

@@ -98,7 +98,8 @@ class ImageRecord:
         height: of the released image, in pixels.
         file_name: see `image_name`.
         source_path: of the photo, relative to the run's images; None if read from SA-1B's JSON.
-        sha256: hex, of the photo's bytes; None if read from SA-1B's JSON.
+        sha256: hex, of the photo's bytes, also where a picture made of it came back from annotators (`ingest
+            --prefill`): by it a photo is known in every run. None if read from SA-1B's JSON.
         masks: in the order of their ids.
     """
 

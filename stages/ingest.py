@@ -2,7 +2,7 @@
 
 What a tool wrote is read by ``sa_engine/formats``; each annotated image finds its photo by name, and its masks become
 pixels of the upright photo, as they are: overlaps and holes stay, nothing is clipped. What does not come in, because it
-is an exact double, has no pixel, or is a crowd, is counted and listed.
+is an exact double, has no pixel, or is a crowd, is counted and listed; so are photos that no annotator has submitted.
 """
 
 import hashlib
@@ -22,12 +22,11 @@ from sa_engine.formats.matching import match_images
 from sa_engine.formats.model import AnnotatedImage, Annotation, FormatError, Parsed, Runs
 from sa_engine.formats.raster import rasterize
 from sa_engine.images import decode_image, read_orientation, upright_mask
-from sa_engine.pairing import PairingError
 from sa_engine.partial import LEFT_OUT, Failure, Finished, finished_record, one_line
 from sa_engine.plan import PlannedImage
-from sa_engine.records import ImageRecord, MaskRecord, mask_id
+from sa_engine.records import MaskRecord, mask_id
 from sa_engine.release import released_image
-from sa_engine.returns import PrefilledRun
+from sa_engine.returns import DELETED, PrefilledRun
 from sa_engine.rle import RLE
 from sa_engine.run_dir import images_folder, planned_keys
 from sa_engine.storage import AnyPath, RunError, location, sha256_file
@@ -111,6 +110,9 @@ class IngestWorker:
         """Decode a photo, upright."""
         if item.key not in self.matched:
             raise runner.SkipImage("no annotations name it (--allow-unmatched)")
+        annotated, _ = self.matched[item.key]
+        if not annotated.submitted:
+            raise runner.SkipImage(f"no annotator has submitted it ({annotated.source})")
         image = decode_image(data)
         return Decoded(image, read_orientation(data), hashlib.sha256(data).hexdigest())
 
@@ -153,28 +155,12 @@ class IngestWorker:
         record, jpeg = released_image(item, photo.image, photo.sha256, masks, self.config)
         left_out = list(result.left_out)
         if self.prefilled is not None:
-            record, deleted = self._sorted(record, self.prefilled)
+            record, deleted = self.prefilled.sort(record)
             left_out += [
-                _left_out(item, "prefilled masks", f"the annotator deleted mask {mask.id}")
+                _left_out(item, DELETED, f"the annotator deleted mask {mask.id}")
                 for mask in deleted
             ]
         return finished_record(record, jpeg, left_out=left_out)
-
-    def _sorted(
-        self, record: ImageRecord, prefilled: PrefilledRun
-    ) -> tuple[ImageRecord, list[MaskRecord]]:
-        """What became of the masks that annotators were shown, see `PrefilledRun.sort`."""
-        found = prefilled.sort(record)
-        if found is not None:
-            return found
-        if not self.config.allow_unmatched:
-            raise PairingError(
-                f"{prefilled.out} has no such image, by its photo's content or name: --prefill names the run that was "
-                "handed out; --allow-unmatched takes all masks of the image as added"
-            )
-        return replace(
-            record, masks=tuple(replace(one, edit_status="added") for one in record.masks)
-        ), []
 
     def _record(
         self, item: PlannedImage, index: int, annotation: Annotation, mask: RLE

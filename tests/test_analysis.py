@@ -152,6 +152,31 @@ def test_times_are_of_the_mask_shared_or_unknown() -> None:
     assert (bob["masks"], bob["masks_timed"], bob["seconds_per_mask_median"]) == (2, 1, 60)
 
 
+def test_seconds_of_a_prefilled_image_are_those_of_its_drawn_masks() -> None:
+    """Of three masks that were shown one was deleted and two were kept; one was added, all in 30 s."""
+    spent = {"time_s": 30.0, "time_scope": "image", "source": "semi-automatic", "round": 1}
+    kept = mask(edit_status="kept", annotator="ann", **spent)
+    added = mask(edit_status="added", annotator="ann", **spent)
+    assert mask_seconds([kept, kept, added]) == [None, None, 30]
+    edited = replace(kept, edit_status="edited")
+    assert mask_seconds([kept, edited, added]) == [None, 15, 15]
+    stage = ("semi-automatic", 1)
+    table = StageTable()
+    table.add("run", image(kept, kept, added), stage, deleted=1)
+    (row,), (ann,) = table.rows(), table.annotators()
+    assert (row["masks_per_image_prefilled"], row["masks_per_image_added"]) == (3, 1)
+    assert (row["share_kept"], row["share_deleted"]) == (2 / 3, 1 / 3)
+    assert row["seconds_per_added_mask_mean"] == row["seconds_per_mask_mean"] == 30
+    assert row["masks_timed"] == 1 and (ann["share_kept"], ann["share_deleted"]) == (2 / 3, 1 / 3)
+    # All of an image's masks deleted, and one deleted by one of two annotators.
+    table.add("run", image(), stage, deleted=2)
+    table.add("run", image(kept, replace(added, annotator="bob")), stage, deleted=1)
+    (row,), (ann, bob) = table.rows(), table.annotators()
+    assert (row["images"], row["masks_per_image_prefilled"]) == (3, (2 + 1 + 2 + 1 + 1) / 3)
+    assert (row["share_kept"], row["share_deleted"]) == (3 / 7, 4 / 7)
+    assert (ann["share_kept"], bob["share_deleted"]) == (3 / 4, None)
+
+
 def test_unknown_times_stay_blank(runs: list[Path]) -> None:
     row = make_report([str(runs[0])]).to_dict()["stages"][0]
     assert row["masks_timed"] == 0

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import uuid
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from test_format_cvat import HEIGHT, MASKS, WIDTH, drawn
 
 from sa_engine import rle
+from sa_engine.cli import main
 from sa_engine.formats import label_studio
 from sa_engine.formats.brush import decode_brush
 from sa_engine.formats.files import read_annotations
 from sa_engine.formats.model import FormatError, Parsed
 from sa_engine.formats.raster import rasterize
+from sa_engine.reader import iter_records
 
 NAME = "1a2b3c4d-größe ✓.jpg"
 Json = Any
@@ -181,6 +185,24 @@ def test_what_is_no_mask_is_counted(tmp_path: Path) -> None:
         "drafts": 2,
         "predictions": 1,
     }
+
+
+def test_only_what_was_submitted_says_anything(images: Path) -> None:
+    """A skipped task and one that nobody opened have no masks either; they are no images of nothing."""
+    nothing = task(annotation(), data={"image": "bild ä.png"}, file_upload=None)
+    skipped = annotation(brush(MASKS["hole"]), was_cancelled=True)
+    for other in (task(skipped), task(), task(drafts=[{"result": [brush(MASKS["hole"])]}])):
+        file = images.parent / "export.json"
+        file.write_text(json.dumps([nothing, {**other, "file_upload": "leer.png"}]))
+        out = images.parent / uuid.uuid4().hex
+        command = ["ingest", f"--images={images}", f"--annotations={file}", f"--out={out}"]
+        result = CliRunner().invoke(main, [*command, "--local"])
+        assert result.exit_code == 0 and "2 images: 1 ok, 1 skipped" in result.output, result.output
+        assert "1 tasks that were skipped or not submitted" in result.output
+        (record,) = iter_records(out)
+        assert (record.source_path, record.masks) == ("bild ä.png", ())
+        listed = CliRunner().invoke(main, ["errors", "--list", str(out)]).output
+        assert "leer.png" in listed and "no annotator has submitted it" in listed
 
 
 def test_all_annotators_are_kept_with_their_time(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from test_format_labelme import file_of, image_of, shape
 
 from sa_engine.cli import main
 from sa_engine.config import IngestConfig
+from sa_engine.formats import labelme
 from sa_engine.formats.matching import match_images
 from sa_engine.formats.model import AnnotatedImage, FormatError
 from sa_engine.reader import iter_records
@@ -49,6 +50,36 @@ def test_an_id_decides_whatever_else_has_changed(name: str, key: str | None) -> 
 def test_an_id_that_two_photos_carry_is_refused() -> None:
     with pytest.raises(FormatError, match=r"sa_7\.jpg may be a/sa_07\.jpg or sa_7__x\.png"):
         match_images([annotated("sa_7.jpg")], ["a/sa_07.jpg", "sa_7__x.png"], allow_unmatched=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("/data/local-files/?d=images/a/x%201.jpg", "a/x 1.jpg"),
+        ("images/b/x 1.jpg", "b/x 1.jpg"),
+        ("images/x 1.jpg", "x 1.jpg"),  # ends with the whole of it
+        ("q/b/c/x 1.jpg", "b/c/x 1.jpg"),
+        ("c/x 1.jpg", "b/c/x 1.jpg"),
+        ("d/c/y.jpg", "c/y.jpg"),
+    ],
+)
+def test_folders_tell_photos_of_one_name_apart(name: str, key: str) -> None:
+    keys = ["a/x 1.jpg", "b/x 1.jpg", "b/c/x 1.jpg", "x 1.jpg", "b/y.jpg", "c/y.jpg"]
+    image = annotated(name)
+    assert match_images([image], keys, allow_unmatched=True) == {key: image}
+    with pytest.raises(FormatError, match=r"may be b/y\.jpg or c/y\.jpg"):
+        match_images([annotated("images/y.jpg")], keys, allow_unmatched=True)
+
+
+def test_a_picture_lies_by_its_labelme_file() -> None:
+    for path, name in (
+        ("x.jpg", "/t/a/x.jpg"),
+        ("../images/x.jpg", "/t/images/x.jpg"),
+        ("..\\b\\x.jpg", "/t/b/x.jpg"),
+        ("/else/x.jpg", "/else/x.jpg"),
+    ):
+        (image,) = labelme.read(file_of(imagePath=path), "/t/a/x.json").images
+        assert image.name == name
 
 
 def test_bytes_decide_before_the_stem_and_only_free_photos_are_read() -> None:

@@ -193,7 +193,8 @@ def test_boxes_of_a_detector() -> None:
 
 def test_images_are_paired_by_content_then_by_name() -> None:
     index = ImageIndex(Path("truth"), [image(1, []), image(2, []), image(3, [], sha256=None)])
-    take = lambda record: index.take(record, Path("auto"), "do this")  # noqa: E731
+    unknown = {}.get  # no run has pictures here
+    take = lambda record: index.take(record, Path("auto"), "do this", unknown)  # noqa: E731
     renamed = image(7, [], source_path="other/name.jpg", sha256=f"{2:064}")
     assert take(renamed).image_id == 2
     assert take(renamed) is None
@@ -202,7 +203,7 @@ def test_images_are_paired_by_content_then_by_name() -> None:
     with pytest.raises(PairingError, match=told):
         take(dataclasses.replace(image(9, [], source_path="1.png"), width=99))
     copies = [image(1, [], sha256="a"), image(2, [], sha256="a")]
-    assert ImageIndex(Path("t"), copies).take(copies[1], Path("a"), "") is copies[1]
+    assert ImageIndex(Path("t"), copies).take(copies[1], Path("a"), "", unknown) is copies[1]
     with pytest.raises(PairingError, match="t has 1 twice"):
         ImageIndex(Path("t"), [image(1, []), image(1, [], source_path="1.png")])
 

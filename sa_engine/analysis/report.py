@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,12 @@ from tqdm import tqdm
 from sa_engine.analysis.figures import HULLS, Figures
 from sa_engine.analysis.stages import Key, StageTable
 from sa_engine.analysis.text import summary_cells, table_cells, text_table
+from sa_engine.partial import LEFT_OUT
 from sa_engine.plan import read_plan
-from sa_engine.reader import shard_records
+from sa_engine.reader import read_failures, shard_records
+from sa_engine.returns import DELETED
 from sa_engine.run_dir import read_run
-from sa_engine.shards import read_markers
+from sa_engine.shards import ShardStats, read_markers
 from sa_engine.storage import AnyPath, RunError, RunPaths, location, write_results
 
 SCHEMA_VERSION = 1
@@ -146,6 +149,13 @@ class _Run:
     def masks(self) -> int:
         return sum(stats.counts.get("masks", 0) for stats in self.markers.values())
 
+    def deleted(self, stats: ShardStats) -> Counter[int]:
+        """How many masks annotators deleted in a shard's images, by the image's id."""
+        if f"{DELETED} {LEFT_OUT}" not in stats.counts:
+            return Counter()
+        failures = read_failures(RunPaths(self.out), stats.name)
+        return Counter(failure.image_id for failure in failures if failure.error == DELETED)
+
 
 def _figures(name: str, runs: list[_Run]) -> Figures:
     masks = sum(run.masks for run in runs)
@@ -161,6 +171,7 @@ def _read(run: _Run, figures: Figures, table: StageTable | None) -> dict[str, An
     for index, stats in shards:
         if not stats.files:
             continue
+        deleted = run.deleted(stats)
         for record in shard_records(run.out, run.plan[index], stats):
             images, masks = images + 1, masks + len(record.masks)
             try:
@@ -171,7 +182,7 @@ def _read(run: _Run, figures: Figures, table: StageTable | None) -> dict[str, An
                     f"verify {run.out}"
                 ) from None
             if table is not None:
-                table.add(str(run.out), record, run.key)
+                table.add(str(run.out), record, run.key, deleted[record.image_id])
     return {
         "dir": str(run.out),
         "stage": run.stage,

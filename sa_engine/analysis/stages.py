@@ -33,12 +33,13 @@ class StageRow:
         self._edits: Counter[str] = Counter()
         self._added_seconds, self._added_timed = 0.0, 0
 
-    def add(self, run: str, timed: list[tuple[MaskRecord, float | None]]) -> None:
-        """Take in an image: its masks, and the known times of them."""
+    def add(self, run: str, timed: list[tuple[MaskRecord, float | None]], deleted: int = 0) -> None:
+        """Take in an image: its masks, the known times of them, and how many that were shown are gone."""
         if run not in self.runs:
             self.runs.append(run)
         self._per_image.add(len(timed))
         self._edits.update(mask.edit_status for mask, _ in timed if mask.edit_status)
+        self._edits["deleted"] += deleted
         added = _known([one for one in timed if one[0].edit_status == "added"])
         self._added_seconds += sum(added)
         self._added_timed += len(added)
@@ -81,12 +82,13 @@ class StageRow:
     def _returned(self) -> dict[str, float | None]:
         """What became of prefilled masks (§4, stage 2); None if nothing was prefilled."""
         edits, timed = self._edits, self._added_timed
-        prefilled = edits["kept"] + edits["edited"]
-        known = self.images if edits else 0
+        prefilled = edits["kept"] + edits["edited"] + edits["deleted"]
+        known = self.images if edits.total() else 0
         return {
             "masks_per_image_prefilled": prefilled / known if known else None,
             "masks_per_image_added": edits["added"] / known if known else None,
             "share_kept": edits["kept"] / prefilled if prefilled else None,
+            "share_deleted": edits["deleted"] / prefilled if prefilled else None,
             "seconds_per_added_mask_mean": self._added_seconds / timed if timed else None,
         }
 
@@ -98,19 +100,28 @@ class StageTable:
         self._rows: dict[Key, StageRow] = {}
         self._annotators: dict[tuple[Key, str], StageRow] = {}
 
-    def add(self, run: str, record: ImageRecord, stage: Key) -> None:
-        """Take in an image of a run; `stage` is what its run is, for an image without any mask."""
+    def add(self, run: str, record: ImageRecord, stage: Key, deleted: int = 0) -> None:
+        """Take in an image of a run.
+
+        Args:
+            run: its folder.
+            record: the image.
+            stage: what its run is, for an image without any mask, and for masks that are gone.
+            deleted: masks that its annotator was shown and deleted; of several annotators nobody knows whose they are.
+        """
         groups: dict[Key, list[tuple[MaskRecord, float | None]]] = (
-            {} if record.masks else {stage: []}
+            {stage: []} if deleted or not record.masks else {}
         )
         for mask, seconds in zip(record.masks, mask_seconds(record.masks), strict=True):
             groups.setdefault((mask.source or "unknown", mask.round), []).append((mask, seconds))
         for key, timed in groups.items():
-            self._rows.setdefault(key, StageRow(key)).add(run, timed)
-            for name in sorted({mask.annotator for mask, _ in timed if mask.annotator is not None}):
+            gone = deleted if key == stage else 0
+            self._rows.setdefault(key, StageRow(key)).add(run, timed, gone)
+            names = {mask.annotator for mask, _ in timed}
+            for name in sorted(name for name in names if name is not None):
                 own = [(mask, seconds) for mask, seconds in timed if mask.annotator == name]
                 row = self._annotators.setdefault((key, name), StageRow(key, name))
-                row.add(run, own)
+                row.add(run, own, gone if len(names) == 1 else 0)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per source and round, with the masks up to and with it."""
@@ -128,17 +139,20 @@ class StageTable:
 def mask_seconds(masks: Iterable[MaskRecord]) -> list[float | None]:
     """What each mask of an image took; None if that is not known.
 
-    A time of scope "image" is shared evenly by the masks that it covers: those with the same
-    annotator and the same time.
+    A time of scope "image" is shared evenly by the masks that it covers: those with the same annotator and the same
+    time, but for prefilled ones that were kept, which nobody drew (§4 has stage 2's seconds per mask without those).
     """
     masks = list(masks)
-    covered = Counter((m.annotator, m.time_s) for m in masks if m.time_scope == "image")
+    drawn = (mask for mask in masks if mask.edit_status != "kept")
+    covered = Counter((m.annotator, m.time_s) for m in drawn if m.time_scope == "image")
     found: list[float | None] = []
     for mask in masks:
         if mask.time_s is None or mask.time_scope not in ("mask", "image"):
             found.append(None)
         elif mask.time_scope == "mask":
             found.append(mask.time_s)
+        elif mask.edit_status == "kept":
+            found.append(None)
         else:
             found.append(mask.time_s / covered[mask.annotator, mask.time_s])
     return found

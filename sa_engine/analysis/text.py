@@ -23,6 +23,7 @@ _RETURNED = {
     "masks_per_image_prefilled": "prefilled per image",
     "masks_per_image_added": "added",
     "share_kept": "kept",
+    "share_deleted": "deleted",
     "seconds_per_added_mask_mean": "s/added",
 }
 

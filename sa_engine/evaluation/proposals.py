@@ -157,14 +157,15 @@ def run_recall(
     Raises:
         RunError: no run there.
         EvaluationError: no image in both, or masks without scores.
-        PairingError: an image of two sizes.
+        PairingError: an image of two sizes, or one that may be two.
     """
-    FinishedRun(run)  # raises for what is no run of shards
+    finished = FinishedRun(run)
     wanted = set(data.image_ids)
     index = ImageIndex(data.out, (one for one in iter_records(data.out) if one.image_id in wanted))
     recalls = {}
     for record in iter_records(run):
-        truth = index.take(record, run, "make both runs with the same short_side")
+        advice = "make both runs with the same short_side"
+        truth = index.take(record, run, advice, finished.picture_sha256)
         if truth is not None:
             proposals = proposals_of(record, kind)
             recalls[truth.image_id] = image_recall(truth, proposals, kind, limit)

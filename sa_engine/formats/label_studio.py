@@ -1,8 +1,9 @@
 """Label Studio's own JSON: a list of tasks, each with the annotations of one or more annotators.
 
-Traps: polygons are in percent of the image; a region's further answers repeat its shape under another type; times are
-of a whole annotation; `file_upload` is the image, or the file of tasks that was imported; the JSON-MIN and COCO exports
-say less, and the latter loses holes.
+Traps: a task that was skipped or never submitted looks like one in which all was deleted; polygons are in percent of
+the image; a region's further answers repeat its shape under another type; times are of a whole annotation;
+`file_upload` is the image, or the file of tasks that was imported; the JSON-MIN and COCO exports say less, and the
+latter loses holes.
 """
 
 import json
@@ -86,6 +87,7 @@ def _image(task: dict[str, Any], where: str, source: str, left_out: Counter[str]
         if isinstance(task.get(what), list) and task[what]:
             left_out[what] += len(task[what])
     size: _Size | None = None
+    submitted = False
     masks: list[Annotation] = []
     keys: list[str] = []
     for index, entry in enumerate(_objects(task["annotations"], f"{where}: annotations")):
@@ -93,11 +95,14 @@ def _image(task: dict[str, Any], where: str, source: str, left_out: Counter[str]
         if entry.get("was_cancelled"):
             left_out["cancelled annotations"] += 1
             continue
+        submitted = True
         regions = _objects(entry.get("result"), f"{at}: result")
         keys += [str(region.get("to_name")) for region in regions]
         for place, region in enumerate(regions):
             size = _agreed(size, region, f"{at}: region {region.get('id', f'number {place}')}")
         masks += _masks(entry, regions, size, at, left_out)
+    if not submitted:
+        left_out["tasks that were skipped or not submitted"] += 1
     width, height = size or (None, None)
     return AnnotatedImage(
         name=_name(task, where, keys),
@@ -105,6 +110,7 @@ def _image(task: dict[str, Any], where: str, source: str, left_out: Counter[str]
         height=height,
         annotations=tuple(masks),
         source=source,
+        submitted=submitted,
     )
 
 
@@ -220,8 +226,8 @@ def _objects(value: Any, what: str) -> list[dict[str, Any]]:
 def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str, bytes]]:
     """`tasks.json`, and `labeling_config.txt` for the project. Pictures are sought in Label Studio's local files.
 
-    Masks that people drew are annotations, one of each annotator and time; those of models are predictions. Who drew
-    them stays out: Label Studio takes no user that it does not know.
+    Masks that people drew are annotations, one of each annotator and time, and an empty one where they drew none; those
+    of models are predictions. Who drew them stays out: Label Studio takes no user that it does not know.
     """
     yield "labeling_config.txt", _CONFIG.encode()
     comma = b"[\n"
@@ -229,6 +235,8 @@ def write(images: Iterable[NamedImage], writing: Writing) -> Iterator[tuple[str,
         path = f"{writing.pictures}/{image.name}" if writing.pictures else image.name
         by_models = [mask for mask in image.record.masks if mask.source in _BY_MODELS]
         people: dict[tuple[str | None, float | None], list[MaskRecord]] = {}
+        if writing.by_people and not image.record.masks:
+            people[None, None] = []  # else nobody would have looked at it
         for mask in image.record.masks:
             if mask.source not in _BY_MODELS:
                 time_s = mask.time_s if mask.time_scope == "image" else None

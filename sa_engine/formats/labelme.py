@@ -2,8 +2,8 @@
 
 Traps: labelme fills polygons with Pillow, which paints their outline too, so they become pixels here and as it does it;
 a mask is a PNG of its box, whose corners are inclusive, and of its own size where they are no whole numbers; shapes of
-one label and `group_id` are one thing; `imagePath` may have backslashes. A circle may reach beyond its image: it ends
-at the border, as in labelme.
+one label and `group_id` are one thing; `imagePath` is relative to the JSON's own folder, and may have backslashes. A
+circle may reach beyond its image: it ends at the border, as in labelme.
 """
 
 import base64
@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
+from posixpath import normpath
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def read(content: Any, source: str) -> Parsed:
         else:
             parts.setdefault(key, []).append(_patch(shape, kind, canvas, where))
     image = AnnotatedImage(
-        name=name.replace("\\", "/"),
+        name=_path(name.replace("\\", "/"), source),
         width=width,
         height=height,
         annotations=tuple(
@@ -108,6 +109,11 @@ def read(content: Any, source: str) -> Parsed:
         sha256=_sha256(content.get("imageData")),
     )
     return Parsed(format=NAME, tool=_tool(content), images=(image,), left_out=dict(left_out))
+
+
+def _path(name: str, source: str) -> str:
+    """Of a picture, by the file that it is named in, so that its folders are known."""
+    return normpath(str(PurePosixPath(source).parent / name))
 
 
 def _sha256(value: Any) -> str | None:

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -27,7 +28,8 @@ def match_images(
 
     An image is sought by its whole name, then by the id in its file's name, then by its name without folders, then
     without the prefix that Label Studio gives to uploads, then by its bytes if its tool has stored them, then by its
-    name without its suffix. The first of these by which exactly one photo is found decides.
+    name without its suffix. The first of these by which a photo is found decides; of several the one whose path ends
+    as the image's does for longest.
 
     Args:
         images: as annotation files name them.
@@ -95,8 +97,24 @@ def _by_name(image: AnnotatedImage, tables: _Tables) -> list[str]:
     for simplify, table in tables:
         candidates = table.get(simplify(name), [])
         if candidates:
-            return candidates
+            return _nearest(name, candidates)
     return []
+
+
+def _nearest(name: str, keys: list[str]) -> list[str]:
+    """Those that share the longest end with `name`, in whole folders, and of these the one that is such an end."""
+    if len(keys) == 1:
+        return keys
+    wanted = PurePosixPath(name).parts[::-1]
+
+    def shared(key: str) -> tuple[int, bool]:
+        parts = PurePosixPath(key).parts[::-1]
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(parts, wanted, strict=False))
+        length = sum(1 for _ in same)
+        return length, length == len(parts)
+
+    best = max(map(shared, keys))
+    return [key for key in keys if shared(key) == best]
 
 
 def _tables(rules: Iterable[_Rule], keys: Sequence[str]) -> _Tables:

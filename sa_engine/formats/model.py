@@ -101,6 +101,7 @@ class AnnotatedImage:
         annotations: in its order.
         source: the file that says so, for messages.
         sha256: hex, of the picture's file, if the format holds its bytes.
+        submitted: whether an annotator is done with it; if not, that it has no masks says nothing.
     """
 
     name: str
@@ -109,6 +110,7 @@ class AnnotatedImage:
     annotations: tuple[Annotation, ...]
     source: str
     sha256: str | None = None
+    submitted: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +153,13 @@ class Writing:
     Attributes:
         pictures: folder of the pictures, relative to the output: "" beside the annotations.
         tolerance: pixels by which an outline may be simplified; 0 for all corners.
+        by_people: whether people drew the masks, so that an image without any is one in which they found nothing.
         lost: what the format cannot hold, by reason: how often.
     """
 
     pictures: str = "images"
     tolerance: float = 0.0
+    by_people: bool = False
     lost: Counter[str] = field(default_factory=Counter)
 
 
