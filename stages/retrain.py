@@ -11,7 +11,7 @@ from sa_engine.modeling.sam import Sam, load_sam, model_fingerprint, select_devi
 from sa_engine.modeling.weights import resolve
 from sa_engine.rounds import MIOU, RoundInfo, Verdict, model_facts, write_model
 from sa_engine.storage import atomic_write
-from sa_engine.training import gate, round
+from sa_engine.training import folder, gate, round
 from sa_engine.training.calibrate import Calibration, calibrate
 from sa_engine.training.config import RetrainConfig
 from sa_engine.training.memory import estimate, free_memory
@@ -60,7 +60,7 @@ def plan(config: RetrainConfig, overwrite: bool = False) -> Plan:
         memory,
         memory.shortage(free_memory(device), config.num_workers if apart else 0),
     )
-    return round.resumed(planned, overwrite)
+    return folder.resumed(planned, overwrite)
 
 
 def run(planned: Plan, overwrite: bool = False, steal_lock: bool = False) -> RoundReport:
@@ -84,7 +84,7 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
         **model_facts(sam),
         parent=parent,
         data=round.trained_on(planned.data),
-        config=round.stated(planned),
+        config=folder.stated(planned),
         iterations=state.iteration,
         seconds=state.seconds,
         metrics=metrics,
@@ -92,7 +92,7 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
     )
     paths = planned.paths
     curves = plot_curves(read_metrics(paths))
-    atomic_write(paths.out / round.CURVES, curves, scratch=paths.scratch)
+    atomic_write(paths.out / folder.CURVES, curves, scratch=paths.scratch)
     write_model(planned.out, sam, info, paths.scratch)
     return info
 

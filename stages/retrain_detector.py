@@ -22,7 +22,7 @@ from sa_engine.modeling.sam import (
 from sa_engine.modeling.weights import resolve
 from sa_engine.rounds import FRESH, RECALL, Parent, RoundInfo, Verdict, weights_of, write_model
 from sa_engine.storage import RunError, atomic_write, sha256_file
-from sa_engine.training import round
+from sa_engine.training import folder, round
 from sa_engine.training.group import Group
 from sa_engine.training.plots import plot_curves
 from sa_engine.training.report import Plan, RoundReport
@@ -53,7 +53,7 @@ def plan(config: DetectorConfig, overwrite: bool = False) -> Plan:
             sum(p.numel() for part in (model, sam) if part is not None for p in part.parameters()),
         ),
     )
-    return round.resumed(planned, overwrite)
+    return folder.resumed(planned, overwrite)
 
 
 def run(planned: Plan, overwrite: bool = False, steal_lock: bool = False) -> RoundReport:
@@ -116,9 +116,9 @@ def _parent(config: DetectorConfig, sam: Sam | None) -> Parent:
     """What the detector starts from."""
     facts = {"name": FRESH, "fingerprint": "", "sha256": ""}
     if config.init is not None:
-        folder = Path(config.init).expanduser()
-        _, info = load_detector(folder, sam)
-        sha256 = sha256_file(weights_of(folder, detector=True))
+        own = Path(config.init).expanduser()
+        _, info = load_detector(own, sam)
+        sha256 = sha256_file(weights_of(own, detector=True))
         facts = {"name": config.init, "fingerprint": info.fingerprint, "sha256": sha256}
     if sam is not None:
         path = resolve(config.checkpoint)
@@ -142,7 +142,7 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
         **detector_facts(model, config, sam),
         parent=planned.parent,
         data=round.trained_on(planned.data),
-        config=round.stated(planned),
+        config=folder.stated(planned),
         iterations=state.iteration,
         seconds=state.seconds,
         metrics=round.validation_metrics(config, state, _named),
@@ -150,7 +150,7 @@ def _finish(planned: Plan, state: TrainingState) -> RoundInfo:
     )
     names = {"total": "all", **LOSSES}
     curves = plot_curves(read_metrics(paths), names, {}, "validation: AR@100 of boxes")
-    atomic_write(paths.out / round.CURVES, curves, scratch=paths.scratch)
+    atomic_write(paths.out / folder.CURVES, curves, scratch=paths.scratch)
     write_model(planned.out, model, info, paths.scratch)
     return info
 

@@ -2,8 +2,6 @@
 
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -12,31 +10,30 @@ from sa_engine.evaluation.run import short_names
 from sa_engine.holdout import read_holdout
 from sa_engine.lock import RunLock
 from sa_engine.modeling.sam import select_device
-from sa_engine.options import ConfigError, identity_values, to_dict
+from sa_engine.options import ConfigError
 from sa_engine.progress import Interrupted, StopSignal, stop_on_signals, this_command
 from sa_engine.resources import cores
-from sa_engine.rounds import INFO, WEIGHTS, RoundInfo, read_round
+from sa_engine.rounds import INFO, RoundInfo, read_round
 from sa_engine.rounds import TrainingData as TrainedOn
-from sa_engine.run_dir import RunInfo, check_same, read_info
 from sa_engine.storage import (
-    AnyPath,
-    RunError,
     RunPaths,
-    list_names,
     location,
     sweep,
     told_if_output_fails,
 )
 from sa_engine.training.config import RoundConfig
 from sa_engine.training.data import TrainingData
+from sa_engine.training.folder import (
+    check_strangers,
+    clear,
+    leftovers,
+    remove_leftovers,
+    start,
+)
 from sa_engine.training.parallel import run_workers
 from sa_engine.training.report import Plan, RoundReport, round_paths
-from sa_engine.training.state import TrainingState, load_state, state_path
-from sa_engine.training.worker import METRICS, Job, work
-
-CURVES = "curves.png"
-_OURS = (WEIGHTS, INFO, METRICS, CURVES, "_run")
-_DATA, _INIT = "data_fingerprint", "init_fingerprint"
+from sa_engine.training.state import TrainingState, load_state
+from sa_engine.training.worker import Job, work
 
 
 def open_round(config: RoundConfig) -> tuple[RunPaths, TrainingData]:
@@ -47,12 +44,7 @@ def open_round(config: RoundConfig) -> tuple[RunPaths, TrainingData]:
     """
     select_device(config.device)
     paths = round_paths(config)
-    strangers = sorted(name for name in list_names(paths.out) if name not in _OURS)
-    if strangers:
-        raise RunError(
-            f"output {paths.out} holds {strangers[0]}, which is no part of a round: --out takes a new "
-            "or empty folder, or that of a round to go on with"
-        )
+    check_strangers(paths)
     data = TrainingData.open(
         [location(one) for one in config.data],
         max_mask_coverage=config.max_mask_coverage,
@@ -68,42 +60,6 @@ def open_round(config: RoundConfig) -> tuple[RunPaths, TrainingData]:
             "validation leaves no image to measure on: expected two photos, one of them without empty masks"
         )
     return paths, data
-
-
-def resumed(planned: Plan, overwrite: bool) -> Plan:
-    """The plan, with what is done already. Raises RunError if another round is there."""
-    paths = planned.paths
-    there = (paths.out / INFO).exists()
-    if overwrite or not (there or paths.info.exists()):
-        return planned
-    before, now = read_info(paths), _identity(planned)
-    was = {"stage": before.stage, **before.identity}
-    check_same(paths, was, {"stage": planned.stage, **identity_values(planned.config)})
-    for what, key in (
-        ("data (without what gates hold out)", _DATA),
-        ("weights to start from", _INIT),
-    ):
-        if was.get(key) != now[key]:
-            raise RunError(
-                f"{paths.out} is of other {what}: {before.model.get(key, was.get(key))}; and now "
-                f"{_told(planned)[key]}; put back what there was, use another --out, or start over with --overwrite"
-            )
-    if there:
-        info = read_round(planned.out)
-        _check_judged(planned, info)
-        return replace(planned, done=info.iterations, finished=info)
-    state = load_state(paths)
-    return planned if state is None else replace(planned, done=state.iteration)
-
-
-def _check_judged(planned: Plan, info: RoundInfo) -> None:
-    """Raise RunError if a finished round was not judged on what the gate names now."""
-    judged = {str(location(one)) for one in info.config.get("gate", ())}
-    if late := [one for one in planned.config.gate if str(location(one)) not in judged]:
-        raise RunError(
-            f"{planned.paths.out} is finished, and was not judged on gate {late[0]}: train it again with "
-            "--overwrite, or compare it with the model that it came from by `sa-engine evaluate`"
-        )
 
 
 def train_round(
@@ -127,7 +83,7 @@ def train_round(
         SaEngineError: another process trains it, or its output cannot be written.
     """
     config, paths = planned.config, planned.paths
-    if planned.finished and not any(place.exists() for place in _leftovers(paths)):
+    if planned.finished and not any(place.exists() for place in leftovers(paths)):
         return RoundReport(paths, planned.finished)
     with (
         told_if_output_fails(paths),
@@ -135,12 +91,12 @@ def train_round(
     ):
         sweep(paths.scratch)
         if overwrite:
-            _clear(paths)
+            clear(paths)
         elif (paths.out / INFO).exists():  # another process may have finished it since the plan
-            _remove_leftovers(paths)
+            remove_leftovers(paths)
             return RoundReport(paths, read_round(planned.out))
         if not paths.info.exists():
-            _start(planned)
+            start(planned)
         try:
             signum = _train(config, job)
         except StopSignal as stop:  # a second one: what was saved last is kept
@@ -165,20 +121,8 @@ def train_round(
                 f"{this_command()}",
                 stop.signum,
             ) from None
-        _remove_leftovers(paths)
+        remove_leftovers(paths)
     return RoundReport(paths, info)
-
-
-def _leftovers(paths: RunPaths) -> tuple[AnyPath, ...]:
-    """What a training needs and a finished round does not."""
-    return paths.scratch, paths.run / "embeddings", state_path(paths)
-
-
-def _remove_leftovers(paths: RunPaths) -> None:
-    *folders, state = _leftovers(paths)
-    for folder in folders:
-        sweep(folder)
-    state.unlink(missing_ok=True)
 
 
 def _train(config: RoundConfig, job: Job) -> int:
@@ -202,49 +146,6 @@ def _train(config: RoundConfig, job: Job) -> int:
         threads=config.threads_per_worker or max(1, cores() // config.num_workers),
         device=config.device,
     )
-
-
-def _identity(planned: Plan) -> dict[str, object]:
-    """What decides a round's weights."""
-    return {
-        **identity_values(planned.config),
-        _DATA: planned.data.fingerprint,
-        _INIT: planned.fingerprint,
-    }
-
-
-def _told(planned: Plan) -> dict[str, str]:
-    """The fingerprints of `_identity` as a person knows what they are of."""
-    runs = (
-        f"{one.out} ({one.images} images, {one.masks} masks, {one.fingerprint[:8]})"
-        for one in planned.data.runs
-    )
-    return {_DATA: ", ".join(runs), _INIT: f"{planned.parent.name} ({planned.fingerprint[:12]})"}
-
-
-def stated(planned: Plan) -> dict[str, Any]:
-    """All options of a round, for its files; where its runs are is told so that it holds from any folder."""
-    config = planned.config
-    places = {
-        name: [str(location(one)) for one in getattr(config, name)] for name in ("data", "gate")
-    }
-    return {**to_dict(config), **places, "out": str(planned.paths.out)}
-
-
-def _start(planned: Plan) -> None:
-    """Write `run.json`, which makes the plan binding."""
-    from sa_engine import __version__
-    from sa_engine.options import fingerprint
-
-    RunInfo(
-        version=__version__,
-        stage=planned.stage,
-        config=stated(planned),
-        identity=_identity(planned),
-        model=_told(planned),
-        fingerprint=fingerprint(planned.config),
-        ignored={},
-    ).write(planned.paths)
 
 
 def gate_sets(config: RoundConfig, data: TrainingData) -> tuple[DataSet, ...]:
@@ -275,16 +176,6 @@ def gate_sets(config: RoundConfig, data: TrainingData) -> tuple[DataSet, ...]:
                 f"with `sa-engine split {place} --holdout N`"
             )
     return tuple(found)
-
-
-def _clear(paths: RunPaths) -> None:
-    """Remove a round with all it has made, but for the lock that is held."""
-    for name in (INFO, WEIGHTS, METRICS, CURVES):
-        (paths.out / name).unlink(missing_ok=True)
-    for name in ("run.json", "state.pt"):
-        (paths.run / name).unlink(missing_ok=True)
-    for folder in (paths.run / "embeddings", paths.run / "tensorboard"):
-        sweep(folder)
 
 
 def kept_weights(config: RoundConfig, state: TrainingState) -> dict[str, torch.Tensor]:
