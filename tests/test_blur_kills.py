@@ -282,7 +282,7 @@ def test_a_kill_while_a_run_is_removed_leaves_one_that_is_not_finished(
     expected = files(out)
     # Before its images go, and after.
     for place, left in (("clear_tree", expected), ("sweep", {})):
-        die_at(f"sa_engine.run_dir:{place}", 0, pair, out, "--overwrite")
+        die_at(f"sa_engine.clearing:{place}", 0, pair, out, "--overwrite")
         assert files(out) == left
         assert_done(blur(pair, out))  # as the command line itself advises, without --overwrite
         assert files(out) == expected
