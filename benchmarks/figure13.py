@@ -15,6 +15,7 @@ import io
 import json
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,30 @@ def table(models: list[dict[str, Any]], seeds: int) -> None:
             f"{one['value']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]" for one in values
         )
         print(f"{name:15} mean {np.mean([one['value'] for one in values]):+.3f}   {each}")
+    for first, second in combinations(range(len(STAGES)), 2):
+        value, low, high = difference(models, first, second)
+        names = list(STAGES)
+        print(f"{names[second]} over {names[first]}: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
+
+
+def difference(
+    models: list[dict[str, Any]], first: int, second: int, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """How much better a stage's models are than another's, all seeds together: value and interval, in pairs."""
+    rng = np.random.default_rng(0)
+    value, drawn = 0.0, np.zeros(resamples)
+    sets = models[0]["images"]
+    for name, images in sets.items():
+        masks = np.array([one["masks"] for one in images])
+        ious = np.array(
+            [[one["sum_iou"]["1"] for one in model["images"][name]] for model in models[1:]]
+        )
+        gain = (ious[second :: len(STAGES)] - ious[first :: len(STAGES)]).mean(0)
+        chosen = rng.integers(len(masks), size=(resamples, len(masks)))
+        value += gain.sum() / masks.sum() / len(sets)
+        drawn += gain[chosen].sum(1) / masks[chosen].sum(1) / len(sets)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(value), float(low), float(high)
 
 
 def draw(models: list[dict[str, Any]], seeds: int) -> bytes:
