@@ -84,8 +84,11 @@ class EmbeddingCache:
             raise self._told(error) from None
 
     def rounded(self, embedding: Tensor) -> Tensor:
-        """An embedding as it comes back: in float32, rounded to the cache's precision."""
-        return embedding.to(self._dtype).float()
+        """An embedding as it comes back: in float32, rounded to the cache's precision.
+
+        It lies in memory as that does, too: encoders leave other strides, by which sums are taken in another order.
+        """
+        return embedding.to(self._dtype).float().contiguous()
 
     def check_space(self, keys: Iterable[str]) -> None:
         """Raise EmbeddingCacheError if the embeddings that are missing do not fit on the disk."""
