@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -111,6 +111,7 @@ def export(
     writing = Writing(pictures=chosen.pictures, tolerance=tolerance, by_people=by_people)
     in_split = chooser(out, split)
     wanted = frozenset(ids)
+    chosen_ids = lambda image_id: in_split(image_id) and (not wanted or image_id in wanted)  # noqa: E731
     reading = _Reading(out, original, pictures)
     made_of = {
         "run": info.fingerprint,
@@ -127,16 +128,8 @@ def export(
         if before is not None:
             return Exported(dest=dest, **{**before, "notes": tuple(before["notes"])}, before=True)
         with Building(dest) as building:
-            images = reading.images(
-                building.folder / chosen.pictures,
-                lambda image_id: in_split(image_id) and (not wanted or image_id in wanted),
-                progress,
-            )
-            for name, piece in chosen.write(images, writing):
-                path = building.folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("ab") as file:
-                    file.write(piece)
+            images = reading.images(building.folder / chosen.pictures, chosen_ids, progress)
+            _write(building.folder, chosen.write(images, writing))
             _check_found(reading, wanted, split)
             short_side = info.config.get("short_side") if not pictures and original else None
             said: dict[str, Any] = {
@@ -150,6 +143,15 @@ def export(
             f"cannot read {out} or write {dest}: {error.strerror or error}; nothing was written"
         ) from None
     return Exported(dest=dest, **said)
+
+
+def _write(folder: Path, pieces: Iterable[tuple[str, bytes]]) -> None:
+    """Write files below a folder, each piece at the end of its own."""
+    for name, piece in pieces:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(piece)
 
 
 def _check_found(reading: "_Reading", wanted: Collection[int], split: str) -> None:

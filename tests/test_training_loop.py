@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training import SIDE, make_run, quarters, small_sam
+from training import SIDE, small_sam, turned_run
 
 from sa_engine.modeling.sam import build_sam
 from sa_engine.storage import RunPaths
@@ -49,14 +49,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, photos: list[np.ndarray]) -> Path:
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("photos")
-    for number, photo in enumerate(photos):
-        for turn in range(2):
-            picture = Image.fromarray(photo).reduce(8).rotate(180 * turn)
-            picture.save(folder / f"{number}{turn}.png")
-    return make_run(folder, tmp_path_factory.mktemp("runs") / "run", quarters)
+    return turned_run(tmp_path_factory.mktemp("turned"), photos)
 
 
 def make_trainer(

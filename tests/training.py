@@ -87,6 +87,16 @@ def make_run(folder: Path, out: Path, draw: Callable[..., Masks], **options: Any
     return out
 
 
+def turned_run(folder: Path, photos: list[np.ndarray]) -> Path:
+    """Small photos, each also upside down, with quarters of them as masks."""
+    (folder / "photos").mkdir()
+    for number, photo in enumerate(photos):
+        for turn in range(2):
+            picture = Image.fromarray(photo).reduce(8).rotate(180 * turn)
+            picture.save(folder / "photos" / f"{number}{turn}.png")
+    return make_run(folder / "photos", folder / "run", quarters)
+
+
 def share(height: int, width: int, *, of: float) -> np.ndarray:
     """A mask that covers so much of an image, from its left."""
     return np.arange(width)[None].repeat(height, 0) < width * of
